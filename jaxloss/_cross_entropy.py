@@ -1,5 +1,280 @@
-"""Placeholder."""
-from jaxloss._log_softmax import log_softmax
-from jaxloss._nll import nll_loss
-def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean", **_):
-    return nll_loss(log_softmax(logits), targets, ignore_index=ignore_index, reduction=reduction)
+"""cross_entropy, with class indices or class probabilities as targets."""
+
+from functools import partial
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num
+
+from jaxloss import _checks
+from jaxloss._class_axis import ClassAxis
+from jaxloss._log_softmax import accumulator, log_softmax_and_normalizer
+from jaxloss._nll import Reduction, reduce_rows, weigh_rows
+
+
+@no_type_check
+def cross_entropy(
+    logits: Num[ArrayLike, "..."],
+    targets: Num[ArrayLike, "..."],
+    *,
+    weight: Num[ArrayLike, " classes"] | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float | Float[ArrayLike, ""] = 0.0,
+    z_loss: float | Float[ArrayLike, ""] = 0.0,
+    axis: int = -1,
+    class_axis_name: str | None = None,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "..."]:
+    """Softmax cross entropy of logits against class indices or class probabilities, in nats.
+
+    With t the one-hot or given probabilities, smoothed to t' = (1 - ε) t + ε / classes:
+
+    .. math:: \\ell_n = -\\sum_c w_c\\, t'_{nc} \\log \\mathrm{softmax}(z_n)_c + k\\, a_n\\, \\mathrm{lse}(z_n)^2
+
+    where lse is log Σ exp z, ε is `label_smoothing`, k is `z_loss` and a_n = Σ_c w_c t_c is the row's weight. The
+    targets are probabilities if their shape is that of `logits`, else class indices: PyTorch's rule. The mean over
+    index targets divides by the sum of the weights of the targets that are not ignored; over probabilities, by the
+    number of rows.
+
+    Args:
+        logits: unnormalised scores, floating, the classes on `axis`: (batch, classes), (classes,) or any more axes.
+        targets: class indices of any integer dtype, in [0, classes) or `ignore_index`, in the shape of `logits` without
+            `axis`; or class probabilities, floating, in the shape of `logits` (not checked to be normalised). One row
+            (classes,) also takes an index of shape (1,).
+        weight: (classes,), any real numbers; None weighs all classes 1.
+        ignore_index: rows with this target contribute nothing: loss 0 and gradient 0. Index targets only.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: ε in [0, 1]; may be a traced scalar.
+        z_loss: k ≥ 0, keeps the softmax normaliser near 1; may be a traced scalar.
+        axis: the class axis of `logits`. -1 is the channels-last convention of JAX, 1 is PyTorch's layout.
+        class_axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. `logits`, probability targets
+            and `weight` are then this device's shards, class indices count over all classes, and the result is
+            replicated over that mesh axis.
+        dtype: of the result. `jnp.float32` keeps the precision in which half types are accumulated. None keeps the
+            dtype of `logits` (for probabilities, of `logits` and `targets` promoted together).
+
+    Returns:
+        A scalar, or with `reduction="none"` (and more than one row) the shape of `logits` without `axis`.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown reduction, `label_smoothing` or `z_loss` out of range,
+            an `ignore_index` ≥ 0 with probability targets.
+        TypeError: `logits` not floating; targets that are floating in an index shape, integers in the shape of
+            `logits`, or bool.
+        IndexError: `axis` out of range, or concrete targets out of range (reading them waits for the device: jit the
+            caller to avoid it). Under jit, where values are unknown, such a row's loss is NaN and so is its gradient;
+            under `checkify` it is an error that names the target.
+
+    Edge values: no rows give NaN ("mean"), 0 ("sum") or an empty array; when every row is ignored the mean is NaN with
+    gradient 0; a logit of -inf has probability 0 and gradient 0, makes the loss +inf at the target or under label
+    smoothing, and NaN against a probability target of 0 (mask both: replace the logit by a finite one where the
+    probability is 0); a row that is all -inf, or holds +inf or NaN, is NaN in itself only; NaN in an ignored row has
+    no effect.
+
+    Sharding: logits whose classes are split over a mesh need nothing special under jit; inside `shard_map` give
+    `class_axis_name`. If the classes do not divide the mesh, pad the logits with -inf (and the weights with 1): same
+    loss, gradient 0 there. Under label smoothing -inf means +inf, so choose a mesh that divides them.
+    Where `shard_map` splits the rows, sum and count globally::
+
+        loss = cross_entropy(logits, targets, reduction="sum")
+        count = jnp.sum(targets != -100)
+        mean = lax.psum(loss, "data") / lax.psum(count, "data")
+
+    Examples:
+        >>> logits = jnp.array([[10.0, 3.0, 1.0], [-1.0, 0.0, -4.0]])
+        >>> cross_entropy(logits, jnp.array([1, 2]))
+        Array(5.663703, dtype=float32)
+        >>> cross_entropy(logits, jax.nn.one_hot(jnp.array([1, 2]), 3), label_smoothing=0.1)
+        Array(5.412037, dtype=float32)
+
+    References:
+        https://docs.pytorch.org/docs/2.13/generated/torch.nn.functional.cross_entropy.html; label smoothing: Szegedy
+        et al., https://arxiv.org/abs/1512.00567; z-loss: Chowdhery et al., https://arxiv.org/abs/2204.02311 (section 5).
+    """
+    name = "cross_entropy"
+    logits = _checks.floating_array(name, "logits", logits)
+    axis = _checks.axis(name, axis, logits.ndim)
+    targets = _checks.targets(name, targets, logits, axis, ignore_index, class_axis_name)
+    return _cross_entropy(
+        logits,
+        targets,
+        _checks.weight(name, weight, logits.shape[axis]),
+        _checks.fraction(name, "label_smoothing", label_smoothing, upper=1.0),
+        _checks.fraction(name, "z_loss", z_loss, upper=float("inf")),
+        ignore_index=ignore_index,
+        reduction=_checks.reduction(name, reduction),
+        axis=ClassAxis(axis, class_axis_name),
+        dtype=_checks.result_dtype(name, dtype, logits, targets),
+    )
+
+
+@partial(jax.jit, static_argnames=("ignore_index", "reduction", "axis", "dtype"))
+def _cross_entropy(
+    logits: Float[Array, "..."],
+    targets: Float[Array, "..."] | Integer[Array, "..."],
+    weight: Num[Array, " classes"] | None,
+    label_smoothing: Float[Array, ""] | None,
+    z_loss: Float[Array, ""] | None,
+    *,
+    ignore_index: int,
+    reduction: Reduction,
+    axis: ClassAxis,
+    dtype: jnp.dtype,
+) -> Float[Array, "..."]:
+    values = logits.astype(jnp.promote_types(accumulator(logits).dtype, dtype))
+    options = (weight, label_smoothing, z_loss)
+    if jnp.issubdtype(targets.dtype, jnp.floating):
+        losses = _probability_losses(axis, values, targets.astype(values.dtype), *options)
+        # PyTorch counts the rows as elements / classes, so that the mean over no classes is NaN.
+        row_weights = jnp.full_like(losses, min(logits.shape[axis.position], 1))
+    else:
+        losses, row_weights = _index_losses(axis, values, targets, *options, ignore_index)
+    return reduce_rows(losses, row_weights, reduction).astype(dtype)
+
+
+def _index_losses(
+    axis: ClassAxis,
+    logits: Float[Array, "..."],
+    targets: Integer[Array, "..."],
+    weight: Num[Array, " classes"] | None,
+    label_smoothing: Float[Array, ""] | None,
+    z_loss: Float[Array, ""] | None,
+    ignore_index: int,
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Each row's loss, and its weight in the mean."""
+    kept, row_weights = weigh_rows(axis, logits, targets, weight, ignore_index)
+    top = axis.max(logits)
+    log_prob, normalizer = target_log_prob(axis, logits, top, targets, kept)
+    losses = -row_weights * log_prob
+    if label_smoothing is not None:
+        smooth = _smoothing_loss(axis, logits, top, normalizer, kept, weight)
+        losses = (1 - label_smoothing) * losses + label_smoothing / axis.size(logits) * smooth
+    if z_loss is not None:
+        losses = losses + z_loss * row_weights * (jnp.where(kept, top, 0) + normalizer) ** 2
+    return jnp.where(kept, losses, 0), row_weights
+
+
+def _smoothing_loss(
+    axis: ClassAxis,
+    logits: Float[Array, "..."],
+    top: Float[Array, "..."],
+    normalizer: Float[Array, "..."],
+    kept: Bool[Array, "..."],
+    weight: Num[Array, " classes"] | None,
+) -> Float[Array, "..."]:
+    """-Σ_c w_c log p_c of each row, as W · normalizer - Σ_c w_c (z_c - max)."""
+    relative = jnp.where(axis.expand(kept), logits - axis.expand(top), 0)
+    if weight is None:
+        return axis.size(logits) * normalizer - axis.sum(relative)
+    class_weights = along_classes(axis, weight, logits)
+    return axis.sum(class_weights) * normalizer - axis.sum(class_weights * relative)
+
+
+def along_classes(axis: ClassAxis, weight: Num[Array, " classes"], logits: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Class weights shaped to broadcast against the logits."""
+    shape = [1] * logits.ndim
+    shape[axis.position] = weight.size
+    return weight.astype(logits.dtype).reshape(shape)
+
+
+def _probability_losses(
+    axis: ClassAxis,
+    logits: Float[Array, "..."],
+    targets: Float[Array, "..."],
+    weight: Num[Array, " classes"] | None,
+    label_smoothing: Float[Array, ""] | None,
+    z_loss: Float[Array, ""] | None,
+) -> Float[Array, "..."]:
+    """Each row's loss."""
+    log_probs, normalizer = log_softmax_and_normalizer(axis, logits)
+    smoothed = targets
+    if label_smoothing is not None:
+        smoothed = (1 - label_smoothing) * targets + label_smoothing / axis.size(logits)
+    class_weights = 1 if weight is None else along_classes(axis, weight, logits)
+    losses = -axis.sum(class_weights * smoothed * log_probs)
+    if z_loss is not None:
+        losses = losses + z_loss * axis.sum(class_weights * targets) * (axis.max(logits) + normalizer) ** 2
+    return losses
+
+
+def target_log_prob(
+    axis: ClassAxis,
+    logits: Float[Array, "..."],
+    top: Float[Array, "..."],
+    targets: Integer[Array, "..."],
+    kept: Bool[Array, "..."],
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Each row's log-probability of its target, and log Σ exp(logits - top); constants in rows that are not kept.
+
+    Leaving the target out of the sum keeps a confident row exact: there 1 - p is a sum of small terms, not a difference.
+    """
+    margin = jnp.where(kept, axis.pick(logits, targets) - top, 0)
+    return _join(margin, _sum_others(axis, logits, top, targets, kept))
+
+
+@jax.custom_jvp
+def _join(margin: Float[Array, "..."], others: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """log(e / s) and log s with e = exp(margin), s = e + others."""
+    normalizer = jnp.log1p(others + (jnp.exp(margin) - 1))
+    return margin - normalizer, normalizer
+
+
+@_join.defjvp
+def _join_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    (margin, others), (dmargin, dothers) = primals, tangents
+    target = jnp.exp(margin)
+    inverse = 1 / (others + target)
+    dlog_prob = (others * dmargin - dothers) * inverse
+    return _join(margin, others), (dlog_prob, (target * dmargin + dothers) * inverse)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sum_others(
+    axis: ClassAxis,
+    logits: Float[Array, "..."],
+    top: Float[Array, "..."],
+    targets: Integer[Array, "..."],
+    kept: Bool[Array, "..."],
+) -> Float[Array, "..."]:
+    """Σ exp(logits - top) over the classes other than the target; 0 in rows that are not kept."""
+    classes = logits.shape[axis.position]
+    if classes * jnp.finfo(logits.dtype).eps >= 1:  # class indices are not exact in this dtype
+        return axis.sum(_others(axis, logits, top, targets, kept))
+    # XLA's CPU reductions fuse this arithmetic mask, but would write a select out to memory.
+    index = lax.broadcasted_iota(logits.dtype, logits.shape, axis.position)
+    distance = jnp.abs(index - axis.expand(axis.local(targets, classes).astype(logits.dtype)))
+    terms = jnp.exp(logits - axis.expand(top)) * jnp.minimum(distance, 1)
+    return jnp.where(kept, axis.sum(terms), 0)
+
+
+@_sum_others.defjvp
+def _sum_others_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    logits, *rest = primals
+
+    @partial(jax.checkpoint, prevent_cse=False)  # the residual is the logits, not a second array of that size
+    def tangent(logits: Float[Array, "..."], dlogits: Float[Array, "..."]) -> Float[Array, "..."]:
+        return axis.sum(_others(axis, logits, *rest) * dlogits)
+
+    return axis.sum(_others(axis, logits, *rest)), tangent(logits, tangents[0])
+
+
+def _others(
+    axis: ClassAxis,
+    logits: Float[Array, "..."],
+    top: Float[Array, "..."],
+    targets: Integer[Array, "..."],
+    kept: Bool[Array, "..."],
+) -> Float[Array, "..."]:
+    """exp(logits - top), 0 at the target and throughout a row that is not kept, whatever it holds."""
+    classes = logits.shape[axis.position]
+    index = lax.broadcasted_iota(targets.dtype, logits.shape, axis.position)
+    local = axis.local(targets, classes)
+    local = jnp.where(local < 0, jnp.iinfo(local.dtype).max, local)
+    # index ^ local is 0 at the target alone. One comparison for both masks: with `kept &` here XLA's CPU code is scalar.
+    hidden_up_to = jnp.where(kept, 0, jnp.iinfo(local.dtype).max)
+    shown = (index ^ axis.expand(local)) > axis.expand(hidden_up_to)
+    return jnp.exp(jnp.where(shown, logits - axis.expand(top), -jnp.inf))

@@ -1,7 +1,130 @@
-"""Placeholder."""
+"""nll_loss, and how rows become a loss: class weights, ignored and wrong targets, reductions."""
+
+from functools import partial
+from typing import Literal, no_type_check
+
+import jax
 import jax.numpy as jnp
-def nll_loss(log_probs, targets, *, weight=None, ignore_index=-100, reduction="mean", axis=-1):
-    keep = targets != ignore_index
-    picked = -jnp.take_along_axis(log_probs, jnp.where(keep, targets, 0)[..., None].astype("int32"), -1)[..., 0]
-    picked = jnp.where(keep, picked, 0)
-    return {"mean": lambda: picked.sum() / keep.sum(), "sum": picked.sum, "none": lambda: picked}[reduction]()
+from jax.experimental import checkify
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num
+
+from jaxloss import _checks
+from jaxloss._class_axis import ClassAxis, is_split
+from jaxloss._log_softmax import accumulator
+
+Reduction = Literal["none", "mean", "sum"]
+
+
+@no_type_check
+def nll_loss(
+    log_probs: Num[ArrayLike, "..."],
+    targets: Num[ArrayLike, "..."],
+    *,
+    weight: Num[ArrayLike, " classes"] | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    axis: int = -1,
+) -> Float[Array, "..."]:
+    """Negative log-likelihood of the target classes, in nats, from log-probabilities.
+
+    .. math:: \\ell_n = -w_{y_n} \\log p_{n, y_n}, \\qquad \\text{mean} = \\sum_n \\ell_n / \\sum_n w_{y_n}
+
+    Both sums leave out the rows whose target is `ignore_index`. `jaxloss.nll` is the same function. Feed it the output
+    of `log_softmax`; for logits use `cross_entropy`.
+
+    Args:
+        log_probs: log-probabilities, floating; the classes on `axis`. (batch, classes), (classes,) or any more axes.
+        targets: class indices of any integer dtype, in [0, classes) or `ignore_index`; the shape of `log_probs` without
+            `axis`. One row (classes,) also takes a target of shape (1,).
+        weight: (classes,), any real numbers; None weighs all classes 1.
+        ignore_index: rows with this target contribute nothing: loss 0 and gradient 0.
+        reduction: "mean" (weighted mean over the rows that are not ignored), "sum", or "none".
+        axis: the class axis of `log_probs`. 1 is PyTorch's layout.
+
+    Returns:
+        A scalar, or with `reduction="none"` (and more than one row) the shape of `targets`; the dtype of `log_probs`.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown reduction.
+        TypeError: `log_probs` not floating, `targets` not integers.
+        IndexError: `axis` out of range, or concrete targets out of range. Under jit, where values are unknown, such a
+            row's loss is NaN and so is its gradient; under `checkify` it is an error that names the target.
+
+    Edge values: no rows give NaN ("mean"), 0 ("sum") or an empty array; when every row is ignored the mean is NaN with
+    gradient 0; a log-probability of -inf at the target gives +inf; NaN in an ignored row has no effect.
+
+    Examples:
+        >>> log_probs = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]]))
+        >>> nll_loss(log_probs, jnp.array([0, 2]))
+        Array(0.35667497, dtype=float32)
+
+    References:
+        https://docs.pytorch.org/docs/2.13/generated/torch.nn.functional.nll_loss.html
+    """
+    name = "nll_loss"
+    log_probs = _checks.floating_array(name, "log_probs", log_probs)
+    axis = _checks.axis(name, axis, log_probs.ndim)
+    targets = _checks.index_targets(name, targets, log_probs, "log_probs", axis, ignore_index)
+    weight = _checks.weight(name, weight, log_probs.shape[axis])
+    return _nll_loss(
+        log_probs, targets, weight, ignore_index=ignore_index, reduction=_checks.reduction(name, reduction), axis=axis
+    )
+
+
+@partial(jax.jit, static_argnames=("ignore_index", "reduction", "axis"))
+def _nll_loss(
+    log_probs: Float[Array, "..."],
+    targets: Integer[Array, "..."],
+    weight: Num[Array, " classes"] | None,
+    *,
+    ignore_index: int,
+    reduction: Reduction,
+    axis: int,
+) -> Float[Array, "..."]:
+    class_axis = ClassAxis(axis)
+    values = accumulator(log_probs)
+    kept, row_weights = weigh_rows(class_axis, values, targets, weight, ignore_index)
+    losses = jnp.where(kept, -row_weights * class_axis.pick(values, targets), 0)
+    return reduce_rows(losses, row_weights, reduction).astype(log_probs.dtype)
+
+
+def weigh_rows(
+    axis: ClassAxis,
+    values: Float[Array, "..."],
+    targets: Integer[Array, "..."],
+    weight: Num[Array, " classes"] | None,
+    ignore_index: int,
+) -> tuple[Bool[Array, "..."], Float[Array, "..."]]:
+    """Which rows are kept, and each row's weight: 0 if ignored, NaN if its target is no class, else the class weight.
+
+    The NaN is what carries a wrong label into the loss and every gradient it touches.
+    """
+    kept = targets != ignore_index
+    valid = (targets >= 0) & (targets < axis.size(values))
+    wrong = kept & ~valid
+    lowest = jnp.iinfo(targets.dtype).min
+    a_wrong_target = jnp.max(jnp.where(wrong, targets, lowest), initial=lowest)
+    checkify.debug_check(~jnp.any(wrong), "Target {target} is out of bounds.", target=a_wrong_target)
+    weights = jnp.ones_like(targets, values.dtype) if weight is None else _weight_at(axis, weight, targets, values.dtype)
+    return kept, jnp.where(kept, jnp.where(valid, weights, jnp.nan), 0)
+
+
+def _weight_at(
+    axis: ClassAxis, weight: Num[Array, " classes"], targets: Integer[Array, "..."], dtype: jnp.dtype
+) -> Float[Array, "..."]:
+    if is_split(weight, 0):
+        weight = jax.sharding.reshard(weight, jax.sharding.PartitionSpec(None))
+    spec = jax.typeof(targets).sharding.spec
+    local = axis.local(targets, weight.size)
+    values = weight.at[jnp.clip(local, 0, weight.size - 1)].get(
+        mode="promise_in_bounds", out_sharding=spec if any(name is not None for name in spec) else None
+    )
+    return axis.from_owner(values.astype(dtype), local, weight.size)
+
+
+def reduce_rows(losses: Float[Array, "..."], row_weights: Float[Array, "..."], reduction: Reduction) -> Array:
+    """The rows' losses as they are, their sum, or their sum over the sum of the rows' weights."""
+    if reduction == "none":
+        return losses
+    total = jnp.sum(losses)
+    return total if reduction == "sum" else total / jnp.sum(row_weights)

@@ -1,0 +1,200 @@
+"""Every argument check and every error message.
+
+Each check returns what the losses compute with: JAX arrays, a non-negative axis, None for an option that is off.
+A message says what was called, what was expected, what came and, where it helps, how to fix it.
+"""
+
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+def _array(name: str, argument: str, value: Any) -> Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: {argument} must be an array, got {type(value).__name__}.") from error
+
+
+def floating_array(name: str, argument: str, value: Any) -> Array:
+    """An array of a real floating dtype."""
+    array = _array(name, argument, value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name}: {argument} must be floating, got {array.dtype}. Cast with .astype(jnp.float32).")
+    return array
+
+
+def floating_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
+    """A real floating dtype, as this JAX configuration has it."""
+    canonical = jax.dtypes.canonicalize_dtype(dtype)
+    if not jnp.issubdtype(canonical, jnp.floating):
+        raise TypeError(f"{name}: dtype must be floating, got {canonical}.")
+    return canonical
+
+
+def logits_array(name: str, logits: Any, dtype: DTypeLike | None) -> Array:
+    """Logits cast to `dtype`, which integers need."""
+    if dtype is None:
+        return floating_array(name, "logits", logits)
+    array = _array(name, "logits", logits)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"{name}: logits must be real, got {array.dtype}.")
+    return array.astype(floating_dtype(name, dtype))
+
+
+def result_dtype(name: str, dtype: DTypeLike | None, *arrays: Array) -> jnp.dtype:
+    """`dtype`, or the floating arrays' dtypes promoted together."""
+    if dtype is not None:
+        return floating_dtype(name, dtype)
+    floating = [array.dtype for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)]
+    return jnp.result_type(*floating)
+
+
+def axis(name: str, axis: Any, ndim: int) -> int:
+    """The axis counted from the front."""
+    try:
+        axis = operator.index(axis)
+    except TypeError as error:
+        raise TypeError(f"{name}: axis must be an integer, got {type(axis).__name__}.") from error
+    bound = max(ndim, 1)
+    if not -bound <= axis < bound:
+        raise IndexError(f"{name}: axis out of range (expected to be in [{-bound}, {bound - 1}], got {axis}).")
+    return axis % bound
+
+
+def reduction(name: str, reduction: Any, allowed: tuple[str, ...] = _REDUCTIONS) -> Any:
+    """One of the names of `allowed`."""
+    if reduction not in allowed:
+        raise ValueError(f"{name}: reduction must be one of {', '.join(map(repr, allowed))}, got {reduction!r}.")
+    return reduction
+
+
+def fraction(name: str, argument: str, value: Any, upper: float) -> Any:
+    """A scalar in [0, upper], checked if it is concrete; None if it is concrete and 0, which switches the option off."""
+    if isinstance(value, jax.core.Tracer):
+        if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"{name}: {argument} must be a floating scalar, got {value.dtype}{list(value.shape)}.")
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: {argument} must be a number, got {value!r}.") from error
+    if not (0 <= number <= upper and math.isfinite(number)):
+        bounds = f"between 0 and {upper:g}" if math.isfinite(upper) else "finite and at least 0"
+        raise ValueError(f"{name}: {argument} must be {bounds}, got {number:g}.")
+    return number or None
+
+
+def weight(name: str, weight: Any, classes: int) -> Array | None:
+    """Class weights of shape (classes,)."""
+    if weight is None:
+        return None
+    array = _array(name, "weight", weight)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating) or array.dtype == bool:
+        raise TypeError(f"{name}: weight must be real numbers, got {array.dtype}.")
+    if array.shape != (classes,):
+        raise ValueError(f"{name}: weight must have shape ({classes},), one for each class, got {array.shape}.")
+    return array
+
+
+def targets(
+    name: str, targets: Any, logits: Array, axis: int, ignore_index: int, class_axis_name: str | None
+) -> Array:
+    """Class probabilities if the shape is that of the logits, else class indices."""
+    if np.shape(targets) == logits.shape and logits.ndim:
+        return _probability_targets(name, targets, ignore_index)
+    return index_targets(name, targets, logits, "logits", axis, ignore_index, bounded=class_axis_name is None)
+
+
+def _probability_targets(name: str, targets: Any, ignore_index: int) -> Array:
+    array = _array(name, "targets", targets)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{name}: targets in the shape of logits are class probabilities and must be floating, got {array.dtype}. "
+            "Class indices have the shape of logits without the class axis."
+        )
+    if integer(name, "ignore_index", ignore_index) >= 0:
+        raise ValueError(f"{name}: ignore_index applies to class indices, got {ignore_index} with probability targets.")
+    return array
+
+
+def integer(name: str, argument: str, value: Any) -> int:
+    """A Python integer."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: {argument} must be an integer, got {type(value).__name__}.") from error
+
+
+def index_targets(
+    name: str, targets: Any, values: Array, argument: str, axis: int, ignore_index: int, bounded: bool = True
+) -> Array:
+    """Class indices as int32, in the shape of `values` without `axis`; in range if they are concrete and `bounded`."""
+    limit = np.iinfo(np.int32)
+    if not limit.min <= integer(name, "ignore_index", ignore_index) < limit.max:
+        raise ValueError(f"{name}: ignore_index must fit in int32, got {ignore_index}.")
+    if not isinstance(targets, jax.Array | np.ndarray):
+        targets = np.asarray(targets)
+    _index_dtype(name, targets.dtype, values, argument)
+    rows = _index_shape(name, targets.shape, values.shape, argument, axis)
+    if bounded:
+        _in_range(targets, values.shape[axis], ignore_index)
+    if jnp.iinfo(targets.dtype).max > limit.max:  # a cast alone would wrap
+        targets = targets.clip(max(limit.min, jnp.iinfo(targets.dtype).min), limit.max)
+    return jnp.asarray(targets, np.int32).reshape(rows)
+
+
+def _index_dtype(name: str, dtype: np.dtype, values: Array, argument: str) -> None:
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(
+            f"{name}: targets must be integers (class indices), got {dtype}. Cast class indices with "
+            f".astype(jnp.int32); class probabilities must have the shape of {argument}, {values.shape}."
+        )
+
+
+def _index_shape(name: str, shape: tuple, values: tuple, argument: str, axis: int) -> tuple[int, ...]:
+    if not values:
+        raise ValueError(f"{name}: {argument} must have a class axis, got a scalar.")
+    rows = values[:axis] + values[axis + 1 :]
+    if shape != rows and not (rows == () and shape == (1,)):
+        last = axis == len(values) - 1
+        layout = "PyTorch's (N, C, ...) layout pass axis=1" if last else "channels-last (N, ..., C) pass axis=-1"
+        raise ValueError(
+            f"{name}: targets must have shape {rows} ({argument}.shape without axis {-1 if last else axis}), "
+            f"got {shape}. For {layout}."
+        )
+    return rows
+
+
+def _in_range(targets: jax.Array | np.ndarray, classes: int, ignore_index: int) -> None:
+    if isinstance(targets, jax.core.Tracer) or (isinstance(targets, jax.Array) and not targets.is_fully_addressable):
+        return
+    values = np.asarray(targets)
+    if values.size == 0 or (values.min() >= 0 and values.max() < classes):
+        return
+    wrong = values[((values < 0) | (values >= classes)) & (values != ignore_index)]
+    if wrong.size:
+        raise IndexError(f"Target {wrong[0]} is out of bounds.")
+
+
+def broadcastable(name: str, *shapes: tuple[int, ...]) -> None:
+    """Shapes that NumPy's rules combine."""
+    try:
+        np.broadcast_shapes(*shapes)
+    except ValueError as error:
+        raise ValueError(f"{name}: log_probs and targets must have equal shapes, got {shapes[0]} and {shapes[1]}.") from error
+
+
+def flag(name: str, argument: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: {argument} must be True or False, got {value!r}.")
+    return bool(value)

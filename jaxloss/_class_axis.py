@@ -1,0 +1,89 @@
+"""Operations along the class axis, on one device or on the shards of a mesh axis."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Integer
+
+
+class ClassAxis(NamedTuple):
+    """Where the classes are: an array axis and, inside `shard_map`, the mesh axis that splits it.
+
+    An array with the classes is called `x`; `rows` is an array without that axis.
+    """
+
+    position: int
+    mesh_axis: str | None = None
+
+    def size(self, x: Array) -> int:
+        """The number of classes over all shards."""
+        shards = 1 if self.mesh_axis is None else lax.axis_size(self.mesh_axis)
+        return x.shape[self.position] * shards
+
+    def expand(self, rows: Array) -> Array:
+        """Rows against classes: the class axis put back with size 1."""
+        return jnp.expand_dims(rows, self.position)
+
+    def sum(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Sum over all classes."""
+        total = jnp.sum(x, self.position)
+        return total if self.mesh_axis is None else lax.psum(total, self.mesh_axis)
+
+    def max(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Maximum over all classes, as a constant: no derivative passes through it."""
+        top = jnp.max(lax.stop_gradient(x), self.position, initial=-jnp.inf)
+        return top if self.mesh_axis is None else lax.pmax(top, self.mesh_axis)
+
+    def local(self, targets: Integer[Array, "..."], classes: int) -> Integer[Array, "..."]:
+        """Class indices counted from the first of this shard's `classes` classes."""
+        if self.mesh_axis is None:
+            return targets
+        return targets - (lax.axis_index(self.mesh_axis) * classes).astype(targets.dtype)
+
+    def from_owner(self, values: Float[Array, "..."], local: Array, classes: int) -> Float[Array, "..."]:
+        """Values read at `local` indices, from the shard that has that class."""
+        if self.mesh_axis is None:
+            return values
+        return lax.psum(jnp.where((local >= 0) & (local < classes), values, 0), self.mesh_axis)
+
+    def is_target(self, x: Array, targets: Integer[Array, "..."]) -> Bool[Array, "..."]:
+        """True where the class index equals the row's target; the shape of `x`."""
+        index = lax.broadcasted_iota(targets.dtype, x.shape, self.position)
+        return index == self.expand(self.local(targets, x.shape[self.position]))
+
+    def pick(self, x: Float[Array, "..."], targets: Integer[Array, "..."]) -> Float[Array, "..."]:
+        """The entry of `x` at each row's target; unspecified where a target is out of range."""
+        return _pick(self, x, targets)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _pick(axis: ClassAxis, x: Float[Array, "..."], targets: Integer[Array, "..."]) -> Float[Array, "..."]:
+    # A gather is free on CPU where a masked sum over the classes is not, but it cannot cross an explicit mesh axis.
+    if is_split(x, axis.position):
+        return _pick_masked(axis, x, targets)
+    classes = x.shape[axis.position]
+    if classes == 0:
+        return jnp.full(targets.shape, jnp.nan, x.dtype)
+    local = axis.local(targets, classes)
+    index = axis.expand(jnp.clip(local, 0, classes - 1))
+    values = jnp.take_along_axis(x, index, axis.position, mode="promise_in_bounds").squeeze(axis.position)
+    return axis.from_owner(values, local, classes)
+
+
+@_pick.defjvp
+def _pick_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x, targets = primals
+    # The transpose of a masked sum is one elementwise select; the transpose of a gather is a scatter.
+    return _pick(axis, x, targets), _pick_masked(axis, tangents[0], targets)
+
+
+def _pick_masked(axis: ClassAxis, x: Float[Array, "..."], targets: Integer[Array, "..."]) -> Float[Array, "..."]:
+    return axis.sum(jnp.where(axis.is_target(x, targets), x, 0))
+
+
+def is_split(x: Array, position: int) -> bool:
+    """Whether an explicit mesh axis splits this array axis (Auto meshes do not say so while tracing)."""
+    return jax.typeof(x).sharding.spec[position] is not None

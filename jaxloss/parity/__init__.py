@@ -1,0 +1,18 @@
+"""The porting toolkit: weights between PyTorch and Flax NNX. Importing it loads neither."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxloss.parity.weights import load_torch, to_torch
+
+__all__ = ["load_torch", "to_torch"]
+
+_HOMES = {"load_torch": "weights", "to_torch": "weights"}
+
+
+def __getattr__(name: str) -> object:
+    """Imports a public name's module when the name is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

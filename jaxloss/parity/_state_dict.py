@@ -1,0 +1,76 @@
+"""PyTorch state_dicts in all their forms, as NumPy arrays by name. Reading one never runs code from the file."""
+
+import os
+import pickle
+import struct
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_BROKEN = (  # what torch.load raises for broken bytes, found by feeding it tens of thousands of them
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+)
+
+
+def read_state_dict(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of a dict or a file by name, without `num_batches_tracked`, and where possible without copying."""
+    entries = source if isinstance(source, Mapping) else _read_file(Path(source))
+    if not isinstance(entries, Mapping):
+        raise TypeError(f"{source} holds a {type(entries).__name__}, expected a dict of arrays by name.")
+    arrays, others = {}, []
+    for name, value in entries.items():
+        array = _to_numpy(value)
+        if array is None or not isinstance(name, str):
+            others.append(f"{name!r} is a {type(value).__name__}")
+        elif name.rpartition(".")[2] != "num_batches_tracked":
+            arrays[name] = array
+    if others:
+        raise TypeError(f"The state_dict must be a dict of arrays by name, but {', '.join(others)}.")
+    return arrays
+
+
+def _read_file(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    if path.suffix not in (".pt", ".pth"):
+        raise ValueError(f"{path} is no state_dict: expected a .safetensors, .pt or .pth file.")
+    import torch  # only here: nothing else needs it to be installed
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _BROKEN as error:
+        raise ValueError(
+            f"{path} is broken, or holds more than tensors. Unpickling anything else can run code, so it is refused: "
+            "save model.state_dict() alone, or as safetensors."
+        ) from error
+
+
+def _to_numpy(value: Any) -> np.ndarray | None:
+    """A view of an array of any of the three libraries, None for anything else."""
+    torch = sys.modules.get("torch")  # no tensor can exist without it
+    if torch is not None and isinstance(value, torch.Tensor):
+        tensor = value.detach().cpu()
+        # PyTorch does not know NumPy's bfloat16, so the bits are handed over.
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return np.asarray(value) if jnp.issubdtype(value.dtype, np.number) or value.dtype == bool else None
+    return None

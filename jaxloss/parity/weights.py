@@ -1,0 +1,280 @@
+"""Weights between PyTorch's state_dict and Flax NNX modules, bit for bit both ways."""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxloss.parity._state_dict import read_state_dict
+
+Module = TypeVar("Module", bound=nnx.Module)
+Shape = tuple[int, ...]
+FeatureMaps = Mapping[str, Sequence[int]]
+
+
+def load_torch(
+    module: Module, state_dict: Mapping[str, Any] | str | os.PathLike[str], *, flatten: FeatureMaps | None = None
+) -> Module:
+    """Copies a PyTorch state_dict into a Flax NNX module, by name.
+
+    A module's attributes must be named as PyTorch's: `self.layer1 = nnx.Sequential(nnx.Conv(...), ...)` receives
+    `layer1.0.weight`. The layers of Flax get PyTorch's names and layouts (Linear, LinearGeneral, Conv and
+    ConvTranspose of any dimension, Embed, PReLU, the norms with their running statistics); any other variable keeps
+    its own. Random state is left alone, and so is BatchNorm's `num_batches_tracked`, which Flax does not have.
+
+    Args:
+        module: changed in place, or not at all if anything is wrong. May be abstract (`nnx.eval_shape`).
+        state_dict: arrays (NumPy, JAX or PyTorch) by PyTorch's names; or the path of a `.safetensors` file; or that
+            of a `.pt` or `.pth` file that holds nothing else, as `torch.save(model.state_dict(), path)` writes it.
+        flatten: where PyTorch flattens a feature map, as (channels, height, width), Flax has (height, width,
+            channels), and the weights have to be permuted. So name every linear layer that reads a flattened feature
+            map, or whose output is reshaped to one, with the shape in PyTorch: `{"fc": (64, 7, 7)}`. The layer's
+            sizes tell which side is meant; the input if both fit. Leave out a layer that gets PyTorch's order because
+            the Flax model transposes first, and a LinearGeneral over three or more axes: those are a feature map
+            anyway. `{}` says that there is no such layer. The default, None, does so only for modules that show no
+            sign of one: next to convolutions, a linear layer whose size is a multiple of their channels is refused.
+
+    Returns:
+        The same module. The weights are copies, with the state_dict's dtypes whatever the module's were. (An
+        `nnx.Embed` still casts to the dtype it was built with.)
+
+    Raises:
+        ValueError: names are missing, unexpected or misshapen (all are listed); a dtype needs `jax_enable_x64`; tied
+            weights differ; `flatten` is needed or impossible; the file is of another kind, broken, or a pickle that
+            could run code.
+        TypeError: there are things other than arrays among the values (all are listed).
+
+    Examples:
+        >>> import numpy as np
+        >>> from flax import nnx
+        >>> from jaxloss.parity import load_torch
+        >>> layer = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+        >>> load_torch(layer, {"weight": np.array([[1, 2]], "float32"), "bias": np.zeros(1, "float32")}).kernel[...]
+        Array([[1.],
+               [2.]], dtype=float32)
+
+    References:
+        https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html#torch.nn.Module.load_state_dict
+    """
+    arrays = read_state_dict(state_dict)
+    weights = _weights(module, flatten)
+    _check_fit(type(module).__name__, weights, arrays)
+    for name, (variable, layout) in weights.items():
+        # Our own copy, because jnp.asarray may alias a NumPy array, and that one PyTorch's memory.
+        variable.set_value(jnp.asarray(np.array(layout.to_flax(arrays[name]), order="C")))
+    return module
+
+
+def to_torch(module: nnx.Module, *, flatten: FeatureMaps | None = None) -> dict[str, np.ndarray]:
+    """Returns the weights of a Flax NNX module as a PyTorch state_dict, in NumPy: the inverse of `load_torch`.
+
+    Args:
+        module: see `load_torch` for what its layers become.
+        flatten: see `load_torch`.
+
+    Returns:
+        Copies in PyTorch's layouts and the module's dtypes, by PyTorch's names. `safetensors.numpy.save_file` writes
+        them all; `torch.from_numpy` does not know NumPy's bfloat16.
+
+    Raises:
+        ValueError: `flatten` is needed or impossible.
+
+    Examples:
+        >>> from flax import nnx
+        >>> from jaxloss.parity import to_torch
+        >>> weights = to_torch(nnx.Conv(3, 8, (5, 5), rngs=nnx.Rngs(0)))
+        >>> {name: array.shape for name, array in weights.items()}
+        {'weight': (8, 3, 5, 5), 'bias': (8,)}
+    """
+    # Contiguous, because safetensors writes the wrong elements of an array that is not.
+    return {
+        name: np.array(layout.to_torch(np.asarray(variable.get_value())), order="C")
+        for name, (variable, layout) in _weights(module, flatten).items()
+    }
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a Flax array becomes PyTorch's: flip axes, split and permute them, merge them."""
+
+    shape: Shape  # Flax's
+    split: Shape
+    order: Shape
+    merged: Shape  # PyTorch's
+    flip: Shape = ()
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        return np.flip(array, self.flip).reshape(self.split).transpose(self.order).reshape(self.merged)
+
+    def to_flax(self, array: np.ndarray) -> np.ndarray:
+        permuted = array.reshape([self.split[axis] for axis in self.order])
+        return np.flip(permuted.transpose(np.argsort(self.order)).reshape(self.shape), self.flip)
+
+
+Linear = nnx.Linear | nnx.LinearGeneral
+_CONVOLUTIONS = (nnx.Conv, nnx.ConvTranspose)
+_NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.RMSNorm)
+_LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Embed, nnx.PReLU, *_CONVOLUTIONS, *_NORMS)
+_NAMES = {  # PyTorch's, where the two differ
+    "embedding": "weight",
+    "kernel": "weight",
+    "mean": "running_mean",
+    "negative_slope": "weight",
+    "scale": "weight",
+    "var": "running_var",
+}
+_NOT_WEIGHTS = (nnx.Cache, nnx.Intermediate, nnx.RngState)
+
+Weights = dict[str, tuple[nnx.Variable, _Layout]]
+
+
+def _weights(module: nnx.Module, flatten: FeatureMaps | None) -> Weights:
+    """Every variable that PyTorch would save, and its layout, by PyTorch's name."""
+    found = list(_walk(module))
+    _check_flatten({".".join(path): layer for path, layer, _, _ in found}, flatten)
+    weights = {}
+    for path, layer, attribute, variable in found:
+        feature_map = tuple((flatten or {}).get(".".join(path), ()))
+        name = _NAMES.get(attribute, attribute) if isinstance(layer, _LAYERS) else attribute
+        weights[".".join((*path, name))] = variable, _layout(layer, attribute, variable.shape, feature_map)
+    return weights
+
+
+def _walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, str, nnx.Variable]]:
+    """Path, layer, attribute and variable of every weight; a shared one comes under each of its names."""
+    match node:
+        case nnx.Pytree():
+            children = vars(node)
+        case dict():
+            children = node
+        case list() | tuple():
+            children = dict(enumerate(node))
+        case _:
+            return
+    for attribute, child in children.items():
+        if isinstance(child, nnx.Variable):
+            if not isinstance(child, _NOT_WEIGHTS):
+                yield path, node, str(attribute), child
+        else:
+            # PyTorch numbers the entries of a Sequential directly: "layer1.0", where Flax has "layer1.layers.0".
+            yield from _walk(child, path if isinstance(node, nnx.Sequential) else (*path, str(attribute)))
+
+
+def _layout(layer: object, attribute: str, shape: Shape, feature_map: Shape) -> _Layout:
+    match layer:
+        case nnx.Linear() | nnx.LinearGeneral():
+            return _linear_layout(layer, attribute, shape, feature_map)
+        case nnx.Conv() | nnx.ConvTranspose() if attribute == "kernel":
+            *spatial, inputs, outputs = range(len(shape))
+            if isinstance(layer, nnx.Conv) or layer.transpose_kernel:
+                return _permuted(shape, (outputs, inputs, *spatial))
+            return _permuted(shape, (inputs, outputs, *spatial), flip=tuple(spatial))  # Flax does not flip it
+        case nnx.PReLU():
+            return _Layout(shape, split=(), order=(), merged=(1,))
+    return _permuted(shape, tuple(range(len(shape))))
+
+
+def _permuted(shape: Shape, order: Shape, flip: Shape = ()) -> _Layout:
+    return _Layout(shape, shape, order, tuple(shape[axis] for axis in order), flip)
+
+
+def _linear_layout(layer: Linear, attribute: str, shape: Shape, feature_map: Shape) -> _Layout:
+    """PyTorch has (outputs, inputs), both flattened."""
+    reads = math.prod(feature_map) == math.prod(_sizes(layer.in_features))
+    inputs, input_order = _axes(layer.in_features, feature_map if reads else ())
+    outputs, output_order = _axes(layer.out_features, () if reads else feature_map)
+    if attribute == "bias":
+        return _Layout(shape, outputs, output_order, (math.prod(outputs),))
+    order = (*(len(inputs) + axis for axis in output_order), *input_order)
+    return _Layout(shape, inputs + outputs, order, (math.prod(outputs), math.prod(inputs)))
+
+
+def _axes(features: int | Sequence[int], feature_map: Shape) -> tuple[Shape, Shape]:
+    """The sizes that one side of a linear layer is made of in Flax's order, and PyTorch's order of them."""
+    sizes = (*feature_map[1:], *feature_map[:1]) or _sizes(features)
+    *others, last = range(len(sizes))
+    return sizes, (last, *others) if feature_map or len(sizes) > 2 else (*others, last)
+
+
+def _sizes(features: int | Sequence[int]) -> Shape:
+    return (features,) if isinstance(features, int) else tuple(features)
+
+
+def _check_flatten(layers: Mapping[str, object], flatten: FeatureMaps | None) -> None:
+    """Raises where `flatten` cannot be meant, and where it is not given but may be due."""
+    linears = {name: layer for name, layer in layers.items() if isinstance(layer, Linear)}
+    convolutions = [layer for layer in layers.values() if isinstance(layer, _CONVOLUTIONS)]
+    written, read = {layer.out_features for layer in convolutions}, {layer.in_features for layer in convolutions}
+    if flatten is None:
+        _check_undeclared(linears, written, read)
+    for name, feature_map in (flatten or {}).items():
+        if name not in linears:
+            raise ValueError(f"flatten: there is no linear layer {name!r}, only {', '.join(linears) or 'none'}.")
+        _check_feature_map(name, linears[name], tuple(feature_map), written | read)
+
+
+def _check_undeclared(linears: Mapping[str, Linear], written: set[int], read: set[int]) -> None:
+    """Raises if a linear layer might read or write a flattened feature map.
+
+    Sizes cannot prove that none does. A layer as wide as some convolution is taken to follow global pooling, and a
+    model with a LinearGeneral over three or more axes to use one wherever it needs one.
+    """
+    sides = {name: (_sizes(layer.in_features), _sizes(layer.out_features)) for name, layer in linears.items()}
+    if any(len(sizes) > 2 for pair in sides.values() for sizes in pair):
+        return
+
+    def suspect(sizes: Shape, channels: set[int]) -> bool:
+        size = math.prod(sizes)
+        return size not in channels and any(size % channel == 0 for channel in channels - {1})
+
+    suspects = [name for name, (inputs, outputs) in sides.items() if suspect(inputs, written) or suspect(outputs, read)]
+    if suspects:
+        raise ValueError(
+            f"{', '.join(suspects)} may read or write a flattened feature map. PyTorch flattens (channels, height, "
+            "width) and Flax (height, width, channels): pass flatten={'LAYER': (channels, height, width), ...} with "
+            "the layers that do, or flatten={} if none does."
+        )
+
+
+def _check_feature_map(name: str, layer: Linear, feature_map: Shape, channels: set[int]) -> None:
+    """Raises if neither side of a linear layer can be this feature map, or if it seems to be in Flax's order."""
+    flax_map = (*feature_map[1:], *feature_map[:1])
+    sides = _sizes(layer.in_features), _sizes(layer.out_features)
+    if not any(sizes in ((math.prod(feature_map),), flax_map) for sizes in sides):
+        raise ValueError(
+            f"flatten: {name} has inputs {sides[0]} and outputs {sides[1]}; neither can be (channels, *spatial) = "
+            f"{feature_map}, which is {flax_map} in Flax."
+        )
+    if feature_map[0] not in channels and feature_map[-1] in channels:
+        raise ValueError(f"flatten: {name}: {feature_map} seems to have the channels last; PyTorch has them first.")
+
+
+def _check_fit(module: str, weights: Weights, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises one error that lists everything wrong."""
+    shapes, dtypes, tied = [], [], []
+    first_names: dict[int, str] = {}
+    for name in sorted(weights.keys() & arrays.keys()):
+        (variable, layout), array = weights[name], arrays[name]
+        first = first_names.setdefault(id(variable), name)
+        if array.shape != layout.merged:
+            shapes.append(f"{name} is {array.shape}, expected {layout.merged}")
+        elif jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+            dtypes.append(f"{name} is {array.dtype}")
+        elif name != first and array.tobytes() != arrays[first].tobytes():
+            tied.append(f"{first} and {name}")
+    faults = {
+        "missing": sorted(weights.keys() - arrays.keys()),
+        "unexpected": sorted(arrays.keys() - weights.keys()),
+        "of another shape": shapes,
+        "in need of jax_enable_x64": dtypes,
+        "one variable in the module but different in the state_dict": tied,
+    }
+    lines = [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]
+    if lines:
+        raise ValueError("\n  ".join([f"The state_dict does not fit {module}.", *lines]))

@@ -1,0 +1,33 @@
+"""Fixtures: eight fake CPU devices, beartype on private functions, strict promotion, hypothesis profiles."""
+
+import os
+
+# Before jax starts: eight devices for the sharding tests.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+install_import_hook("jaxloss", "beartype.beartype")  # public functions opt out with no_type_check
+
+settings.register_profile("default", max_examples=500, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=5000, deadline=None)
+settings.load_profile("default")
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    """Strict dtype promotion and no implicit rank promotion, for calls of jaxloss alone."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Float64 and int64 in JAX; off by default, as for users."""
+    with jax.enable_x64(True):
+        yield
