@@ -54,8 +54,13 @@ def result_dtype(name: str, dtype: DTypeLike | None, *arrays: Array) -> jnp.dtyp
     """`dtype`, or the floating arrays' dtypes promoted together."""
     if dtype is not None:
         return floating_dtype(name, dtype)
-    floating = [array.dtype for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)]
-    return jnp.result_type(*floating)
+    return promote(*(array.dtype for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)))
+
+
+def promote(*dtypes: DTypeLike) -> jnp.dtype:
+    """JAX's standard promotion, whatever the caller's promotion mode: these casts are explicit."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
 
 
 def axis(name: str, axis: Any, ndim: int) -> int:

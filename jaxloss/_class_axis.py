@@ -76,8 +76,9 @@ def _pick(axis: ClassAxis, x: Float[Array, "..."], targets: Integer[Array, "..."
 @_pick.defjvp
 def _pick_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     x, targets = primals
-    # The transpose of a masked sum is one elementwise select; the transpose of a gather is a scatter.
-    return _pick(axis, x, targets), _pick_masked(axis, tangents[0], targets)
+    # The transpose of a masked sum is one elementwise select; that of a gather is a scatter. The mask is not kept.
+    masked = jax.checkpoint(_pick_masked, prevent_cse=False, static_argnums=0)
+    return _pick(axis, x, targets), masked(axis, tangents[0], targets)
 
 
 def _pick_masked(axis: ClassAxis, x: Float[Array, "..."], targets: Integer[Array, "..."]) -> Float[Array, "..."]:

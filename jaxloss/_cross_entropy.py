@@ -117,48 +117,51 @@ def _cross_entropy(
     logits: Float[Array, "..."],
     targets: Float[Array, "..."] | Integer[Array, "..."],
     weight: Num[Array, " classes"] | None,
-    label_smoothing: Float[Array, ""] | None,
-    z_loss: Float[Array, ""] | None,
+    label_smoothing: Float[Array, ""] | float | None,
+    z_loss: Float[Array, ""] | float | None,
     *,
     ignore_index: int,
     reduction: Reduction,
     axis: ClassAxis,
     dtype: jnp.dtype,
 ) -> Float[Array, "..."]:
-    values = logits.astype(jnp.promote_types(accumulator(logits).dtype, dtype))
+    values = logits.astype(_checks.promote(accumulator(logits).dtype, dtype))
     options = (weight, label_smoothing, z_loss)
     if jnp.issubdtype(targets.dtype, jnp.floating):
         losses = _probability_losses(axis, values, targets.astype(values.dtype), *options)
         # PyTorch counts the rows as elements / classes, so that the mean over no classes is NaN.
         row_weights = jnp.full_like(losses, min(logits.shape[axis.position], 1))
-    else:
-        losses, row_weights = _index_losses(axis, values, targets, *options, ignore_index)
-    return reduce_rows(losses, row_weights, reduction).astype(dtype)
+        return reduce_rows(losses, row_weights, reduction).astype(dtype)
+    return _index_loss(axis, values, targets, *options, ignore_index, reduction).astype(dtype)
 
 
-def _index_losses(
+def _index_loss(
     axis: ClassAxis,
     logits: Float[Array, "..."],
     targets: Integer[Array, "..."],
     weight: Num[Array, " classes"] | None,
-    label_smoothing: Float[Array, ""] | None,
-    z_loss: Float[Array, ""] | None,
+    label_smoothing: Float[Array, ""] | float | None,
+    z_loss: Float[Array, ""] | float | None,
     ignore_index: int,
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Each row's loss, and its weight in the mean."""
+    reduction: Reduction,
+) -> Float[Array, "..."]:
     kept, row_weights = weigh_rows(axis, logits, targets, weight, ignore_index)
     top = axis.max(logits)
     log_prob, normalizer = target_log_prob(axis, logits, top, targets, kept)
-    losses = -row_weights * log_prob
-    if label_smoothing is not None:
-        smooth = _smoothing_loss(axis, logits, top, normalizer, kept, weight)
-        losses = (1 - label_smoothing) * losses + label_smoothing / axis.size(logits) * smooth
+
+    def reduce(losses: Float[Array, "..."]) -> Float[Array, "..."]:
+        return reduce_rows(jnp.where(kept, losses, 0), row_weights, reduction)
+
+    loss = reduce(-row_weights * log_prob)
+    if label_smoothing is not None:  # term by term, so that weights of 0 throughout are NaN as in PyTorch
+        smooth = reduce(_smoothing_losses(axis, logits, top, normalizer, kept, weight))
+        loss = (1 - label_smoothing) * loss + label_smoothing / axis.size(logits) * smooth
     if z_loss is not None:
-        losses = losses + z_loss * row_weights * (jnp.where(kept, top, 0) + normalizer) ** 2
-    return jnp.where(kept, losses, 0), row_weights
+        loss = loss + z_loss * reduce(row_weights * (top + normalizer) ** 2)
+    return loss
 
 
-def _smoothing_loss(
+def _smoothing_losses(
     axis: ClassAxis,
     logits: Float[Array, "..."],
     top: Float[Array, "..."],
@@ -186,8 +189,8 @@ def _probability_losses(
     logits: Float[Array, "..."],
     targets: Float[Array, "..."],
     weight: Num[Array, " classes"] | None,
-    label_smoothing: Float[Array, ""] | None,
-    z_loss: Float[Array, ""] | None,
+    label_smoothing: Float[Array, ""] | float | None,
+    z_loss: Float[Array, ""] | float | None,
 ) -> Float[Array, "..."]:
     """Each row's loss."""
     log_probs, normalizer = log_softmax_and_normalizer(axis, logits)
@@ -243,7 +246,7 @@ def _sum_others(
     """Σ exp(logits - top) over the classes other than the target; 0 in rows that are not kept."""
     classes = logits.shape[axis.position]
     if classes * jnp.finfo(logits.dtype).eps >= 1:  # class indices are not exact in this dtype
-        return axis.sum(_others(axis, logits, top, targets, kept))
+        return jnp.where(kept, axis.sum(_others(axis, logits, top, targets, kept)), 0)
     # XLA's CPU reductions fuse this arithmetic mask, but would write a select out to memory.
     index = lax.broadcasted_iota(logits.dtype, logits.shape, axis.position)
     distance = jnp.abs(index - axis.expand(axis.local(targets, classes).astype(logits.dtype)))
@@ -253,15 +256,17 @@ def _sum_others(
 
 @_sum_others.defjvp
 def _sum_others_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    logits, *rest = primals
+    logits, top, targets, kept = primals
 
     @partial(jax.checkpoint, prevent_cse=False)  # the residual is the logits, not a second array of that size
     def tangent(logits: Float[Array, "..."], dlogits: Float[Array, "..."]) -> Float[Array, "..."]:
-        return axis.sum(_others(axis, logits, *rest) * dlogits)
+        return axis.sum(_push(axis, _others(axis, logits, top, targets, kept), kept, dlogits))
 
-    return axis.sum(_others(axis, logits, *rest)), tangent(logits, tangents[0])
+    total = axis.sum(_others(axis, logits, top, targets, kept))
+    return jnp.where(kept, total, 0), tangent(logits, tangents[0])
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _others(
     axis: ClassAxis,
     logits: Float[Array, "..."],
@@ -269,12 +274,18 @@ def _others(
     targets: Integer[Array, "..."],
     kept: Bool[Array, "..."],
 ) -> Float[Array, "..."]:
-    """exp(logits - top), 0 at the target and throughout a row that is not kept, whatever it holds."""
-    classes = logits.shape[axis.position]
-    index = lax.broadcasted_iota(targets.dtype, logits.shape, axis.position)
-    local = axis.local(targets, classes)
-    local = jnp.where(local < 0, jnp.iinfo(local.dtype).max, local)
-    # index ^ local is 0 at the target alone. One comparison for both masks: with `kept &` here XLA's CPU code is scalar.
-    hidden_up_to = jnp.where(kept, 0, jnp.iinfo(local.dtype).max)
-    shown = (index ^ axis.expand(local)) > axis.expand(hidden_up_to)
-    return jnp.exp(jnp.where(shown, logits - axis.expand(top), -jnp.inf))
+    """exp(logits - top), 0 at the target."""
+    return jnp.where(axis.is_target(logits, targets), 0, jnp.exp(logits - axis.expand(top)))
+
+
+@_others.defjvp
+def _others_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    others = _others(axis, *primals)
+    return others, _push(axis, others, primals[3], tangents[0])
+
+
+def _push(
+    axis: ClassAxis, others: Float[Array, "..."], kept: Bool[Array, "..."], dlogits: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """The tangent of `_others`. The select is its transpose's last step: 0 in an ignored row, whatever the row holds."""
+    return others * jnp.where(axis.expand(kept), dlogits, 0)

@@ -65,7 +65,7 @@ def kl_div(
 def _kl_div(
     log_probs: Float[Array, "..."], targets: Float[Array, "..."], *, log_target: bool, reduction: KLReduction
 ) -> Float[Array, "..."]:
-    dtype = jnp.promote_types(log_probs.dtype, targets.dtype)
+    dtype = _checks.promote(log_probs.dtype, targets.dtype)
     log_p, t = (accumulator(x.astype(dtype)) for x in (log_probs, targets))
     shape = jnp.broadcast_shapes(log_p.shape, t.shape)
     log_p, t = jnp.broadcast_to(log_p, shape), jnp.broadcast_to(t, shape)

@@ -59,7 +59,7 @@ def _log_softmax(logits: Float[Array, "..."], *, axis: int) -> Float[Array, "...
 
 def accumulator(x: Array) -> Float[Array, "..."]:
     """Cast to the dtype that sums are kept in: float32 for half types, else unchanged."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_checks.promote(x.dtype, jnp.float32))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

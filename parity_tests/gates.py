@@ -38,16 +38,15 @@ def leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
 
 
-def assert_same_structure(ours: Any, theirs: Any, *, dtypes: bool = True) -> dict[str, tuple[Any, Any]]:
+def assert_same_structure(ours: Any, theirs: Any, *, may_be_empty: bool = False) -> dict[str, tuple[Any, Any]]:
     """Equal keys, shapes, dtypes and NaN, +inf, -inf masks; at least one element. Returns the pairs of leaves."""
     ours, theirs = leaves(ours), leaves(theirs)
     assert ours.keys() == theirs.keys(), f"keys differ: {ours.keys() ^ theirs.keys()}"
-    assert sum(to_numpy(leaf).size for leaf in ours.values()) > 0, "nothing was compared"
+    assert may_be_empty or any(to_numpy(leaf).size for leaf in ours.values()), "nothing was compared"
     for key in ours:
         a, b = to_numpy(ours[key]), to_numpy(theirs[key])
         assert a.shape == b.shape, f"{key}: shape {a.shape} against {b.shape}"
-        if dtypes:
-            assert dtype_name(ours[key]) == dtype_name(theirs[key]), f"{key}: {ours[key].dtype}, {theirs[key].dtype}"
+        assert dtype_name(ours[key]) == dtype_name(theirs[key]), f"{key}: {ours[key].dtype}, {theirs[key].dtype}"
         for label, mask in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
             np.testing.assert_array_equal(mask(a), mask(b), err_msg=f"{key}: {label} mask")
     return {key: (ours[key], theirs[key]) for key in ours}
@@ -61,12 +60,16 @@ def relative_l2(ours: Any, theirs: Any) -> float:
     return float(np.linalg.norm(a[finite] - b[finite]) / (scale or 1.0))
 
 
-def assert_float64_close(ours: Any, theirs: Any, *, tolerance: float = 1e-12) -> None:
-    """Float64 results of the same semantics: leaf by leaf, relative L2 within the tolerance."""
-    for key, (a, b) in assert_same_structure(ours, theirs).items():
+def assert_float64_close(
+    ours: Any, theirs: Any, *, tolerance: float = 1e-12, floor: float = 0.0, may_be_empty: bool = False
+) -> None:
+    """Float64 results of the same semantics: leaf by leaf, ‖ours - theirs‖ ≤ tolerance · ‖theirs‖ + floor."""
+    for key, (a, b) in assert_same_structure(ours, theirs, may_be_empty=may_be_empty).items():
         assert dtype_name(a) == "float64", f"{key}: {a.dtype} is not float64"
-        distance = relative_l2(a, b)
-        assert distance <= tolerance, f"{key}: relative L2 {distance:.3g} > {tolerance:.3g}"
+        x, y = to_numpy(a), to_numpy(b)
+        finite = np.isfinite(y)
+        distance, scale = np.linalg.norm(x[finite] - y[finite]), np.linalg.norm(y[finite])
+        assert distance <= tolerance * scale + floor, f"{key}: {distance:.3g} > {tolerance:.3g} of {scale:.3g}"
 
 
 def assert_identical(ours: Any, theirs: Any) -> None:

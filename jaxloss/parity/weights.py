@@ -101,7 +101,7 @@ def to_torch(module: nnx.Module, *, flatten: FeatureMaps | None = None) -> dict[
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a Flax array becomes PyTorch's: flip axes, split and permute them, merge them."""
+    """How a Flax array becomes PyTorch's: split its axes, flip some, permute them, merge them."""
 
     shape: Shape  # Flax's
     split: Shape
@@ -110,11 +110,14 @@ class _Layout:
     flip: Shape = ()
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        return np.flip(array, self.flip).reshape(self.split).transpose(self.order).reshape(self.merged)
+        return self._flipped(array.reshape(self.split)).transpose(self.order).reshape(self.merged)
 
     def to_flax(self, array: np.ndarray) -> np.ndarray:
         permuted = array.reshape([self.split[axis] for axis in self.order])
-        return np.flip(permuted.transpose(np.argsort(self.order)).reshape(self.shape), self.flip)
+        return self._flipped(permuted.transpose(np.argsort(self.order))).reshape(self.shape)
+
+    def _flipped(self, array: np.ndarray) -> np.ndarray:
+        return np.flip(array, self.flip) if self.flip else array  # np.flip makes a 0-D array a scalar
 
 
 Linear = nnx.Linear | nnx.LinearGeneral

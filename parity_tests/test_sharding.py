@@ -1,0 +1,156 @@
+"""Logits split over eight devices along the classes or the rows: same values, and nothing of that size moves."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxloss
+
+ROWS, CLASSES = 16, 64
+CASES = {
+    "index": {},
+    "weight": {"weight": True},
+    "smoothing": {"label_smoothing": 0.1},
+    "all": {"weight": True, "label_smoothing": 0.1, "z_loss": 1e-2},
+}
+
+
+def make_inputs(target_kind: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(ROWS, CLASSES)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, CLASSES, ROWS), jnp.int32).at[3].set(-100)
+    if target_kind == "probability":
+        targets = jnp.asarray(rng.dirichlet(np.ones(CLASSES), ROWS), jnp.float32)
+    return logits, targets, jnp.asarray(rng.uniform(0.5, 2, CLASSES), jnp.float32)
+
+
+def loss_of(options: dict, **extra):
+    """`(logits, targets, weight) -> loss, (gradients to logits and weight)`."""
+    options = {k: v for k, v in options.items() if k != "weight"} | extra
+
+    def loss(logits, targets, weight):
+        return jaxloss.cross_entropy(logits, targets, weight=weight, **options)
+
+    return jax.value_and_grad(loss, argnums=(0, 2))
+
+
+def assert_trees_close(ours, theirs) -> None:
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-7), ours, theirs)
+
+
+def gathered_sizes(compiled) -> list[int]:
+    """Elements of every all-gather, all-to-all and collective-permute result in the compiled program."""
+    pattern = r"= \(?[a-z0-9]+\[([\d,]*)\][^=]*? (?:all-gather|all-to-all|collective-permute)"
+    return [int(np.prod([int(n) for n in m.split(",") if n])) for m in re.findall(pattern, compiled.as_text())]
+
+
+def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
+    return jax.make_mesh((8,), ("x",), axis_types=(kind,))
+
+
+@pytest.mark.parametrize("split", ["classes", "rows"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("target_kind", ["index", "probability"])
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_logits_give_the_single_device_result(split, kind, target_kind, case):
+    logits, targets, weight = make_inputs(target_kind)
+    weight = weight if CASES[case].get("weight") else jnp.ones_like(weight)
+    function = loss_of(CASES[case])
+    expected = jax.jit(function)(logits, targets, weight)
+
+    mesh, spec = mesh_of(kind), P(None, "x") if split == "classes" else P("x", None)
+    with jax.set_mesh(mesh):
+        row_spec = spec if target_kind == "probability" else P(spec[0])
+        weight_spec = P("x") if split == "classes" else P(None)
+        arrays = (
+            jax.device_put(logits, NamedSharding(mesh, spec)),
+            jax.device_put(targets, NamedSharding(mesh, row_spec)),
+            jax.device_put(weight, NamedSharding(mesh, weight_spec)),
+        )
+        compiled = jax.jit(function).lower(*arrays).compile()
+        assert_trees_close(jax.device_get(compiled(*arrays)), jax.device_get(expected))
+    assert max(gathered_sizes(compiled), default=0) < ROWS * CLASSES // 8
+
+
+def test_gathered_sizes_finds_an_all_gather():
+    mesh = mesh_of(AxisType.Auto)
+    x = jax.device_put(jnp.ones((ROWS, CLASSES)), NamedSharding(mesh, P(None, "x")))
+    compiled = jax.jit(lambda x: x * 2, out_shardings=NamedSharding(mesh, P())).lower(x).compile()
+    assert max(gathered_sizes(compiled)) == ROWS * CLASSES
+
+
+@pytest.mark.parametrize("target_kind", ["index", "probability"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_class_axis_name_in_shard_map_gives_the_single_device_result(target_kind, case, reduction):
+    logits, targets, weight = make_inputs(target_kind)
+    expected = jax.jit(loss_of(CASES[case], reduction=reduction))(logits, targets, weight)
+    target_spec = P(None, "x") if target_kind == "probability" else P(None)
+
+    inside = loss_of(CASES[case], reduction=reduction, class_axis_name="x")
+    specs = (P(None, "x"), target_spec, P("x"))
+    mapped = jax.shard_map(inside, mesh=mesh_of(AxisType.Auto), in_specs=specs, out_specs=(P(), (P(None, "x"), P("x"))))
+    assert_trees_close(jax.jit(mapped)(logits, targets, weight), expected)
+
+    def outside(logits, targets, weight):
+        return jax.shard_map(
+            lambda *shards: jaxloss.cross_entropy(
+                shards[0],
+                shards[1],
+                weight=shards[2],
+                reduction=reduction,
+                class_axis_name="x",
+                **{k: v for k, v in CASES[case].items() if k != "weight"},
+            ),
+            mesh=mesh_of(AxisType.Auto),
+            in_specs=specs,
+            out_specs=P(),
+        )(logits, targets, weight)
+
+    compiled = jax.jit(jax.value_and_grad(outside, argnums=(0, 2))).lower(logits, targets, weight).compile()
+    assert_trees_close(compiled(logits, targets, weight), expected)
+    assert max(gathered_sizes(compiled), default=0) < ROWS * CLASSES // 8
+
+
+def test_class_axis_name_keeps_a_wrong_target_nan():
+    logits, targets, weight = make_inputs("index")
+    targets = targets.at[0].set(CLASSES).at[1].set(-1)
+    inside = partial(jaxloss.cross_entropy, class_axis_name="x", reduction="none")
+    mapped = jax.shard_map(inside, mesh=mesh_of(AxisType.Auto), in_specs=(P(None, "x"), P(None)), out_specs=P())
+    losses = jax.jit(mapped)(logits, targets)
+    assert np.flatnonzero(np.isnan(losses)).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("case", ["index", "weight"])
+def test_classes_padded_with_minus_inf_change_nothing(case):
+    logits, targets, weight = make_inputs("index")
+    logits, weight = logits[:, :61], weight[:61]
+    targets = jnp.where(targets < 0, targets, targets % 61)
+    function = loss_of(CASES[case])
+    loss, (dlogits, dweight) = jax.jit(function)(logits, targets, weight)
+    padded = jnp.pad(logits, ((0, 0), (0, 3)), constant_values=-jnp.inf), targets, jnp.pad(weight, (0, 3), constant_values=1)
+
+    mesh = mesh_of(AxisType.Auto)
+    specs = (P(None, "x"), P(None), P("x"))
+    arrays = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(padded, specs, strict=True)]
+    padded_loss, (padded_dlogits, padded_dweight) = jax.jit(function)(*arrays)
+    assert_trees_close((padded_loss, padded_dlogits[:, :61], padded_dweight[:61]), (loss, dlogits, dweight))
+    assert not np.any(padded_dlogits[:, 61:])
+
+
+def test_tokens_split_in_shard_map_sum_and_count_globally():
+    logits, targets, _ = make_inputs("index")
+
+    def mean(logits, targets):
+        loss = jaxloss.cross_entropy(logits, targets, reduction="sum")
+        return jax.lax.psum(loss, "x") / jax.lax.psum(jnp.sum(targets != -100), "x")
+
+    mapped = jax.shard_map(mean, mesh=mesh_of(AxisType.Auto), in_specs=(P("x", None), P("x")), out_specs=P())
+    ours = jax.jit(jax.value_and_grad(mapped))(logits, targets)
+    assert_trees_close(ours, jax.jit(jax.value_and_grad(jaxloss.cross_entropy))(logits, targets))

@@ -1,0 +1,170 @@
+"""Every JAX transformation of every loss gives what plain evaluation, or a finite difference of it, gives."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export, lax
+from jax.test_util import check_grads
+
+import jaxloss
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+ROWS, CLASSES = 5, 7
+KINDS = ["cross_entropy index", "cross_entropy probability", "nll_loss", "kl_div", "log_softmax"]
+
+
+def make_loss(kind: str) -> tuple[Callable, tuple]:
+    """A scalar loss of floating arguments (all differentiable) and arguments for it."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(ROWS, CLASSES)))
+    probabilities = jnp.asarray(rng.dirichlet(np.full(CLASSES, 10), ROWS), logits.dtype)
+    weight = jnp.asarray(rng.uniform(0.5, 2, CLASSES), logits.dtype)
+    targets = jnp.array([0, 6, -100, 3, 3])
+    every = {"label_smoothing": 0.1, "z_loss": 0.01}
+    cases: dict[str, tuple[Callable, tuple]] = {
+        "cross_entropy index": (lambda z, w: jaxloss.cross_entropy(z, targets, weight=w, **every), (logits, weight)),
+        "cross_entropy probability": (
+            lambda z, t, w: jaxloss.cross_entropy(z, t, weight=w, **every),
+            (logits, probabilities, weight),
+        ),
+        "nll_loss": (lambda z, w: jaxloss.nll_loss(z, targets, weight=w), (jaxloss.log_softmax(logits), weight)),
+        "kl_div": (lambda z, t: jaxloss.kl_div(z, t, reduction="batchmean"), (logits, probabilities)),
+        "log_softmax": (lambda z, u: jnp.sum(jaxloss.log_softmax(z) * u), (logits, probabilities)),
+    }
+    return cases[kind]
+
+
+def plain_cross_entropy(logits, targets, weight, label_smoothing, z_loss):
+    """The formula as the docstring has it, for index targets under "mean"."""
+    log_probs = logits - jax.scipy.special.logsumexp(logits, axis=-1, keepdims=True)
+    kept = targets != -100
+    row_weight = jnp.where(kept, weight[jnp.where(kept, targets, 0)], 0.0)
+    one_hot = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
+    smooth = (1 - label_smoothing) * one_hot + label_smoothing / logits.shape[-1]
+    rows = -jnp.sum(weight[None] * smooth * log_probs, -1)
+    rows = rows + z_loss * row_weight * jax.scipy.special.logsumexp(logits, axis=-1) ** 2
+    return jnp.sum(jnp.where(kept, rows, 0.0)) / jnp.sum(row_weight)
+
+
+def close(ours, theirs, rtol=2e-5, atol=1e-6):
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=atol), ours, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_of_both_modes_match_finite_differences(kind, x64):
+    loss, arguments = make_loss(kind)
+    check_grads(loss, arguments, order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)  # the error of the finite differences
+
+
+def test_cross_entropy_and_its_second_derivatives_match_the_formula(x64):
+    _, (logits, weight) = make_loss("cross_entropy index")
+    targets = jnp.array([0, 6, -100, 3, 3])
+
+    def ours(z, w):
+        return jaxloss.cross_entropy(z, targets, weight=w, label_smoothing=0.1, z_loss=0.01)
+
+    def formula(z, w):
+        return plain_cross_entropy(z, targets, w, 0.1, 0.01)
+
+    for transform in (lambda f: f, partial(jax.grad, argnums=(0, 1)), partial(jax.hessian, argnums=(0, 1))):
+        close(transform(ours)(logits, weight), transform(formula)(logits, weight), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jit_checkpoint_and_value_and_grad_give_the_plain_gradient(kind):
+    loss, arguments = make_loss(kind)
+    every = tuple(range(len(arguments)))
+    plain = jax.grad(loss, every)(*arguments)
+    close(jax.jit(jax.grad(loss, every))(*arguments), plain)
+    close(jax.grad(jax.checkpoint(loss), every)(*arguments), plain)
+    value, gradient = jax.jit(jax.value_and_grad(loss, every))(*arguments)
+    close((value, gradient), (loss(*arguments), plain))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jvp_and_jacfwd_give_the_plain_gradient(kind):
+    loss, arguments = make_loss(kind)
+    every = tuple(range(len(arguments)))
+    plain = jax.grad(loss, every)(*arguments)
+    close(jax.jacfwd(loss, every)(*arguments), plain)
+    tangents = tuple(jnp.cos(a) for a in arguments)
+    inner = sum(jnp.vdot(g, t) for g, t in zip(plain, tangents, strict=True))
+    close(jax.jvp(loss, arguments, tangents), (loss(*arguments), inner))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hessian_is_the_same_forward_over_reverse_and_reverse_over_reverse(kind):
+    loss, arguments = make_loss(kind)
+    close(jax.hessian(loss)(*arguments), jax.jacrev(jax.grad(loss))(*arguments))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_and_vmap_of_grad_equal_a_loop(kind):
+    loss, arguments = make_loss(kind)
+    batches = tuple(jnp.stack([a, a * 2, a * 0.5]) for a in arguments)
+    for function in (loss, jax.grad(loss, tuple(range(len(arguments))))):
+        looped = [function(*(b[i] for b in batches)) for i in range(3)]
+        close(jax.vmap(function)(*batches), jax.tree.map(lambda *x: jnp.stack(x), *looped))
+
+
+@pytest.mark.parametrize(("in_axes", "name"), [((0, None), "logits"), ((None, 0), "targets"), ((0, 0), "both")])
+def test_vmap_over_logits_targets_or_both(in_axes, name):
+    logits = jax.random.normal(jax.random.key(0), (3, ROWS, CLASSES))
+    targets = jax.random.randint(jax.random.key(1), (3, ROWS), 0, CLASSES)
+    arguments = [a if axis == 0 else a[0] for a, axis in zip((logits, targets), in_axes, strict=True)]
+    expected = [
+        jax.value_and_grad(jaxloss.cross_entropy)(*(a[i] if axis == 0 else a for a, axis in zip(arguments, in_axes, strict=True)))
+        for i in range(3)
+    ]
+    ours = jax.vmap(jax.value_and_grad(jaxloss.cross_entropy), in_axes)(*arguments)
+    close(ours, jax.tree.map(lambda *x: jnp.stack(x), *expected))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scan_accumulates_the_plain_gradient(kind):
+    loss, arguments = make_loss(kind)
+
+    def total(*args):
+        step = lambda carry, scale: (carry + scale * loss(*args), None)  # noqa: E731
+        return lax.scan(step, jnp.zeros(()), jnp.array([1.0, 2.0]))[0]
+
+    close(jax.grad(total)(*arguments), 3 * jax.grad(loss)(*arguments))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_lowers_for_every_platform(kind, platform):
+    loss, arguments = make_loss(kind)
+    exported = export.export(jax.jit(jax.value_and_grad(loss)), platforms=[platform])(*arguments)
+    assert exported.platforms == (platform,)
+    if platform == "cpu":
+        close(exported.call(*arguments), jax.value_and_grad(loss)(*arguments))
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "z_loss"])
+def test_traced_options_equal_concrete_ones_and_never_recompile(name):
+    logits, targets = jax.random.normal(jax.random.key(0), (ROWS, CLASSES)), jnp.arange(ROWS)
+    step = jax.jit(lambda value: jaxloss.cross_entropy(logits, targets, **{name: value}))
+    for value in (0.0, 0.1, 0.7):
+        close(step(value), jaxloss.cross_entropy(logits, targets, **{name: value}))
+    assert step._cache_size() == 1
+
+
+def test_cross_entropy_keeps_no_second_array_of_the_size_of_the_logits():
+    logits, targets = jnp.ones((64, 512)), jnp.zeros(64, jnp.int32)
+    compiled = jax.jit(lambda z: jax.vjp(lambda z: jaxloss.cross_entropy(z, targets), z)[1]).eval_shape(logits)
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(compiled))
+    assert sizes.count(logits.size) == 1, sizes  # the logits
+    assert sum(sizes) < logits.size + 10 * 64
+
+
+def test_log_softmax_keeps_its_output_alone():
+    logits = jnp.ones((64, 512))
+    compiled = jax.jit(lambda z: jax.vjp(jaxloss.log_softmax, z)[1]).eval_shape(logits)
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(compiled))
+    assert sizes.count(logits.size) == 1, sizes
