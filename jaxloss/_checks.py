@@ -9,6 +9,7 @@ import operator
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -110,9 +111,7 @@ def weight(name: str, weight: Any, classes: int) -> Array | None:
     return array
 
 
-def targets(
-    name: str, targets: Any, logits: Array, axis: int, ignore_index: int, class_axis_name: str | None
-) -> Array:
+def targets(name: str, targets: Any, logits: Array, axis: int, ignore_index: int, class_axis_name: str | None) -> Array:
     """Class probabilities if the shape is that of the logits, else class indices."""
     if np.shape(targets) == logits.shape and logits.ndim:
         return _probability_targets(name, targets, ignore_index)
@@ -195,7 +194,9 @@ def broadcastable(name: str, *shapes: tuple[int, ...]) -> None:
     try:
         np.broadcast_shapes(*shapes)
     except ValueError as error:
-        raise ValueError(f"{name}: log_probs and targets must have equal shapes, got {shapes[0]} and {shapes[1]}.") from error
+        raise ValueError(
+            f"{name}: log_probs and targets must have equal shapes, got {shapes[0]} and {shapes[1]}."
+        ) from error
 
 
 def flag(name: str, argument: str, value: Any) -> bool:

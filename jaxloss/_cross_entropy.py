@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num
 
 from jaxloss import _checks
 from jaxloss._class_axis import ClassAxis
-from jaxloss._log_softmax import accumulator, log_softmax_and_normalizer
+from jaxloss._log_softmax import accumulator, apart, is_likely, log_normalizer
 from jaxloss._nll import Reduction, reduce_rows, weigh_rows
 
 
@@ -29,11 +29,11 @@ def cross_entropy(
     class_axis_name: str | None = None,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
-    """Softmax cross entropy of logits against class indices or class probabilities, in nats.
+    r"""Softmax cross entropy of logits against class indices or class probabilities, in nats.
 
     With t the one-hot or given probabilities, smoothed to t' = (1 - ε) t + ε / classes:
 
-    .. math:: \\ell_n = -\\sum_c w_c\\, t'_{nc} \\log \\mathrm{softmax}(z_n)_c + k\\, a_n\\, \\mathrm{lse}(z_n)^2
+    .. math:: \ell_n = -\sum_c w_c\, t'_{nc} \log \mathrm{softmax}(z_n)_c + k\, a_n\, \mathrm{lse}(z_n)^2
 
     where lse is log Σ exp z, ε is `label_smoothing`, k is `z_loss` and a_n = Σ_c w_c t_c is the row's weight. The
     targets are probabilities if their shape is that of `logits`, else class indices: PyTorch's rule. The mean over
@@ -170,11 +170,28 @@ def _smoothing_losses(
     weight: Num[Array, " classes"] | None,
 ) -> Float[Array, "..."]:
     """-Σ_c w_c log p_c of each row, as W · normalizer - Σ_c w_c (z_c - max)."""
-    relative = jnp.where(axis.expand(kept), logits - axis.expand(top), 0)
+    relative = logits - axis.expand(*apart(top, 1))
     if weight is None:
         return axis.size(logits) * normalizer - axis.sum(relative)
     class_weights = along_classes(axis, weight, logits)
-    return axis.sum(class_weights) * normalizer - axis.sum(class_weights * relative)
+    return axis.sum(class_weights) * normalizer - _weighted_sum(axis, class_weights, relative, kept)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _weighted_sum(
+    axis: ClassAxis, class_weights: Float[Array, "..."], relative: Float[Array, "..."], kept: Bool[Array, "..."]
+) -> Float[Array, "..."]:
+    return axis.sum(class_weights * relative)
+
+
+@_weighted_sum.defjvp
+def _weighted_sum_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    class_weights, relative, kept = primals
+    dweights, drelative, _ = tangents
+    # Only the weights' gradient reads the logits: NaN in an ignored row stops here, at no cost to anyone else.
+    shown = jnp.where(axis.expand(kept), relative, 0)
+    tangent = axis.sum(class_weights * drelative) + axis.sum(dweights * shown)
+    return _weighted_sum(axis, class_weights, relative, kept), tangent
 
 
 def along_classes(axis: ClassAxis, weight: Num[Array, " classes"], logits: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -193,15 +210,62 @@ def _probability_losses(
     z_loss: Float[Array, ""] | float | None,
 ) -> Float[Array, "..."]:
     """Each row's loss."""
-    log_probs, normalizer = log_softmax_and_normalizer(axis, logits)
     smoothed = targets
     if label_smoothing is not None:
         smoothed = (1 - label_smoothing) * targets + label_smoothing / axis.size(logits)
     class_weights = 1 if weight is None else along_classes(axis, weight, logits)
-    losses = -axis.sum(class_weights * smoothed * log_probs)
-    if z_loss is not None:
-        losses = losses + z_loss * axis.sum(class_weights * targets) * (axis.max(logits) + normalizer) ** 2
-    return losses
+    top = axis.max(logits)
+    log_prob, normalizer = _expected_log_prob(axis, logits, top, class_weights * smoothed)
+    if z_loss is None:
+        return -log_prob
+    return z_loss * axis.sum(class_weights * targets) * (top + normalizer) ** 2 - log_prob
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _expected_log_prob(
+    axis: ClassAxis, logits: Float[Array, "..."], top: Float[Array, "..."], masses: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Σ_c masses · log p of each row, and log Σ exp(logits - top)."""
+    normalizer = log_normalizer(axis, logits, top, top)
+    return _weigh_log_probs(axis, logits, top, masses, normalizer), normalizer
+
+
+def _weigh_log_probs(
+    axis: ClassAxis,
+    logits: Float[Array, "..."],
+    top: Float[Array, "..."],
+    masses: Float[Array, "..."],
+    normalizer: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    log_probs = (logits - axis.expand(*apart(top, 1))) - axis.expand(normalizer)
+    # Apart, or XLA merges this sum with the one over the rows: a single long sum rounds worse.
+    (sums,) = apart(axis.sum(masses * log_probs), 1)
+    return sums
+
+
+@_expected_log_prob.defjvp
+def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    logits, top, masses = primals
+    _, normalizer = _expected_log_prob(axis, *primals)
+
+    @partial(jax.checkpoint, prevent_cse=False)  # the residuals are the logits and the masses
+    def tangent(
+        logits: Float[Array, "..."],
+        masses: Float[Array, "..."],
+        normalizer: Float[Array, "..."],
+        dlogits: Float[Array, "..."],
+        dmasses: Float[Array, "..."],
+    ) -> tuple[Array, Array]:
+        probs = jnp.exp(logits - axis.expand(top)) * axis.expand(jnp.exp(-normalizer))
+        total = axis.expand(axis.sum(masses))
+        at_likely = (masses - total) - total * axis.expand(jnp.expm1(-normalizer))  # 1 - p without its cancellation
+        coefficient = jnp.where(is_likely(probs), at_likely, masses - total * probs)
+        dlog_prob = axis.sum(coefficient * dlogits) + _weigh_log_probs(axis, logits, top, dmasses, normalizer)
+        return dlog_prob, axis.sum(probs * dlogits)
+
+    return (_weigh_log_probs(axis, *primals, normalizer), normalizer), tangent(
+        logits, masses, normalizer, tangents[0], tangents[2]
+    )
 
 
 def target_log_prob(

@@ -22,9 +22,9 @@ def kl_div(
     log_target: bool = False,
     reduction: KLReduction = "mean",
 ) -> Float[Array, "..."]:
-    """Kullback-Leibler divergence of the model from the target distribution, in nats, elementwise.
+    r"""Kullback-Leibler divergence of the model from the target distribution, in nats, elementwise.
 
-    .. math:: \\ell = t\\,(\\log t - \\log p), \\qquad 0 \\log 0 = 0
+    .. math:: \ell = t\,(\log t - \log p), \qquad 0 \log 0 = 0
 
     Cross entropy with soft targets less the targets' own entropy, so its gradient to `log_probs` is the same.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Float, Num
+from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxloss import _checks
 from jaxloss._class_axis import ClassAxis
@@ -17,9 +17,9 @@ from jaxloss._class_axis import ClassAxis
 def log_softmax(
     logits: Num[ArrayLike, "..."], *, axis: int = -1, dtype: DTypeLike | None = None
 ) -> Float[Array, "..."]:
-    """Log-probabilities of the softmax along one axis, in nats.
+    r"""Log-probabilities of the softmax along one axis, in nats.
 
-    .. math:: \\log p_c = (z_c - m) - \\log(1 + r), \\quad m = \\max_j z_j, \\quad r = \\sum_{j \\ne \\arg\\max} e^{z_j - m}
+    .. math:: \log p_c = (z_c - m) - \log(1 + r), \quad m = \max_j z_j, \quad r = \sum_{j \ne \arg\max} e^{z_j - m}
 
     Because r leaves out the maximum, a confident row keeps all its digits: the largest log-probability of
     [20, 0, 0] is -4.12e-9, where PyTorch and `jax.nn.log_softmax` give 0.
@@ -54,7 +54,7 @@ def log_softmax(
 def _log_softmax(logits: Float[Array, "..."], *, axis: int) -> Float[Array, "..."]:
     if logits.size == 0 or logits.ndim == 0:
         return jnp.zeros_like(logits) * logits
-    return log_softmax_and_normalizer(ClassAxis(axis), accumulator(logits))[0].astype(logits.dtype)
+    return _log_softmax_core(ClassAxis(axis), accumulator(logits))[0].astype(logits.dtype)
 
 
 def accumulator(x: Array) -> Float[Array, "..."]:
@@ -62,41 +62,50 @@ def accumulator(x: Array) -> Float[Array, "..."]:
     return x.astype(_checks.promote(x.dtype, jnp.float32))
 
 
+def log_normalizer(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log Σ exp(logits - max) of each row, exact also where one class has almost all the probability.
+
+    The sum of e - ⌊e⌋ leaves out the maximum and all that ties with it, and the plain sum tells how many those were.
+    `tops` is the maximum twice: the same array if exp(logits - max) is wanted in memory anyway, else two `apart`.
+    """
+    exponentials, again = (jnp.exp(logits - axis.expand(top)) for top in tops)
+    others = axis.sum(again - jnp.floor(again))
+    maxima = jnp.round(axis.sum(exponentials) - others)
+    return jnp.log1p(others + (maxima - 1))
+
+
+def apart(rows: Float[Array, "..."], copies: int) -> tuple[Float[Array, "..."], ...]:
+    """Copies that XLA cannot tell to be equal, so that large arrays computed from them are fused, not shared in memory."""
+    return lax.optimization_barrier((rows,) * copies)
+
+
+def is_likely(probs: Float[Array, "..."]) -> Bool[Array, "..."]:
+    """True at a class whose 1 - p would lose digits: p > 2/3, so one to a row at most."""
+    return lax.stop_gradient(probs) > 2 / 3
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def log_softmax_and_normalizer(
-    axis: ClassAxis, logits: Float[Array, "..."]
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Log-probabilities, and each row's log Σ exp(logits - max): the lse less the maximum."""
+def _log_softmax_core(axis: ClassAxis, logits: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Log-probabilities, and each row's log Σ exp(logits - max)."""
     top = axis.max(logits)
-    normalizer = jnp.log1p(_sum_but_max(axis, logits, top))
+    normalizer = log_normalizer(axis, logits, *apart(top, 2))
     return (logits - axis.expand(top)) - axis.expand(normalizer), normalizer
 
 
-def _sum_but_max(axis: ClassAxis, logits: Float[Array, "..."], top: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Σ exp(logits - max) without one occurrence of the maximum, to full precision.
-
-    `steep` turns a distance into 0 at the maximum and 1 elsewhere by arithmetic alone: XLA's CPU reductions fuse
-    that, but would write a select out to memory. The barriers keep it from sharing (and so storing) the differences.
-    """
-    steep = 1 / jnp.finfo(logits.dtype).tiny
-    below, level = (axis.expand(logits_top) for logits_top in map(lax.optimization_barrier, (top, top)))
-    others = axis.sum(jnp.exp(logits - below) * jnp.minimum((below - logits) * steep, 1))
-    ties = axis.sum(jnp.maximum(1 - (level - logits) * steep, 0))
-    return others + (ties - 1)
-
-
-@log_softmax_and_normalizer.defjvp
-def _log_softmax_and_normalizer_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    log_probs, normalizer = log_softmax_and_normalizer(axis, *primals)
+@_log_softmax_core.defjvp
+def _log_softmax_core_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    log_probs, normalizer = _log_softmax_core(axis, *primals)
 
     @partial(jax.checkpoint, prevent_cse=False)  # the residual is log_probs, not a second array of that size
-    def tangent(log_probs: Float[Array, "..."], dlogits: Float[Array, "..."]) -> tuple[Array, Array]:
-        # At a class with p > 2/3 the coefficient 1 - p would lose digits, so it is written -expm1(log p) and the 1 is
-        # taken out first. The inner jit keeps the transpose in that order: g - Σg vanishes exactly before p joins it.
-        likely = lax.stop_gradient(log_probs) > -0.4
+    def tangent(
+        log_probs: Float[Array, "..."], normalizer: Float[Array, "..."], dlogits: Float[Array, "..."]
+    ) -> tuple[Array, Array]:
+        # Where 1 - p would lose digits it is written -expm1(log p), and the 1 is taken out first. The inner jit keeps
+        # the transpose in that order: g - Σg vanishes exactly before p joins it.
+        probs = jnp.exp(log_probs)
+        likely = is_likely(probs)
         without_likely = jax.jit(lambda d: d - axis.expand(axis.sum(jnp.where(likely, d, 0))))(dlogits)
-        coefficient = jnp.where(likely, jnp.expm1(log_probs), jnp.exp(log_probs))
-        dlog_probs = without_likely - axis.expand(axis.sum(coefficient * dlogits))
-        return dlog_probs, axis.sum(jnp.exp(log_probs) * dlogits)
+        coefficient = jnp.where(likely, axis.expand(jnp.expm1(-normalizer)), probs)
+        return without_likely - axis.expand(axis.sum(coefficient * dlogits)), axis.sum(probs * dlogits)
 
-    return (log_probs, normalizer), tangent(log_probs, tangents[0])
+    return (log_probs, normalizer), tangent(log_probs, normalizer, tangents[0])

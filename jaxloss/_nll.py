@@ -5,10 +5,10 @@ from typing import Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num
 
 from jaxloss import _checks
+from jaxloss._checked_targets import checked_targets
 from jaxloss._class_axis import ClassAxis, is_split
 from jaxloss._log_softmax import accumulator
 
@@ -25,9 +25,9 @@ def nll_loss(
     reduction: Reduction = "mean",
     axis: int = -1,
 ) -> Float[Array, "..."]:
-    """Negative log-likelihood of the target classes, in nats, from log-probabilities.
+    r"""Negative log-likelihood of the target classes, in nats, from log-probabilities.
 
-    .. math:: \\ell_n = -w_{y_n} \\log p_{n, y_n}, \\qquad \\text{mean} = \\sum_n \\ell_n / \\sum_n w_{y_n}
+    .. math:: \ell_n = -w_{y_n} \log p_{n, y_n}, \qquad \text{mean} = \sum_n \ell_n / \sum_n w_{y_n}
 
     Both sums leave out the rows whose target is `ignore_index`. `jaxloss.nll` is the same function. Feed it the output
     of `log_softmax`; for logits use `cross_entropy`.
@@ -99,13 +99,12 @@ def weigh_rows(
 
     The NaN is what carries a wrong label into the loss and every gradient it touches.
     """
+    targets = checked_targets(targets, axis.size(values), ignore_index)
     kept = targets != ignore_index
     valid = (targets >= 0) & (targets < axis.size(values))
-    wrong = kept & ~valid
-    lowest = jnp.iinfo(targets.dtype).min
-    a_wrong_target = jnp.max(jnp.where(wrong, targets, lowest), initial=lowest)
-    checkify.debug_check(~jnp.any(wrong), "Target {target} is out of bounds.", target=a_wrong_target)
-    weights = jnp.ones_like(targets, values.dtype) if weight is None else _weight_at(axis, weight, targets, values.dtype)
+    weights = (
+        jnp.ones_like(targets, values.dtype) if weight is None else _weight_at(axis, weight, targets, values.dtype)
+    )
     return kept, jnp.where(kept, jnp.where(valid, weights, jnp.nan), 0)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 # Half a rounding unit, by dtype: what an exact result may still be off by, relative to the tensor's scale.
-HALF_UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8 / 2, "float64": 2.0**-53}
+HALF_UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "float64": 2.0**-53}
 # How much larger than PyTorch's our root-mean-square error may be.
 RATIO = {"float32": 1.2, "bfloat16": 1.2, "float16": 1.2}
 FLOAT16_GRADIENT_RATIO = 1.3
@@ -28,7 +28,7 @@ def to_numpy(x: Any) -> np.ndarray:
 
 
 def dtype_name(x: Any) -> str:
-    """"float32" and so on, whichever framework the array is of."""
+    """The dtype as "float32" and so on, whichever framework the array is of."""
     return str(x.dtype).removeprefix("torch.")
 
 

@@ -119,7 +119,7 @@ def test_class_axis_name_in_shard_map_gives_the_single_device_result(target_kind
 
 
 def test_class_axis_name_keeps_a_wrong_target_nan():
-    logits, targets, weight = make_inputs("index")
+    logits, targets, _ = make_inputs("index")
     targets = targets.at[0].set(CLASSES).at[1].set(-1)
     inside = partial(jaxloss.cross_entropy, class_axis_name="x", reduction="none")
     mapped = jax.shard_map(inside, mesh=mesh_of(AxisType.Auto), in_specs=(P(None, "x"), P(None)), out_specs=P())
@@ -134,7 +134,11 @@ def test_classes_padded_with_minus_inf_change_nothing(case):
     targets = jnp.where(targets < 0, targets, targets % 61)
     function = loss_of(CASES[case])
     loss, (dlogits, dweight) = jax.jit(function)(logits, targets, weight)
-    padded = jnp.pad(logits, ((0, 0), (0, 3)), constant_values=-jnp.inf), targets, jnp.pad(weight, (0, 3), constant_values=1)
+    padded = (
+        jnp.pad(logits, ((0, 0), (0, 3)), constant_values=-jnp.inf),
+        targets,
+        jnp.pad(weight, (0, 3), constant_values=1),
+    )
 
     mesh = mesh_of(AxisType.Auto)
     specs = (P(None, "x"), P(None), P("x"))

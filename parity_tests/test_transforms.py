@@ -58,7 +58,8 @@ def close(ours, theirs, rtol=2e-5, atol=1e-6):
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_of_both_modes_match_finite_differences(kind, x64):
     loss, arguments = make_loss(kind)
-    check_grads(loss, arguments, order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)  # the error of the finite differences
+    tolerance = 1e-5  # the error of the finite differences
+    check_grads(loss, arguments, order=2, modes=("fwd", "rev"), atol=tolerance, rtol=tolerance)
 
 
 def test_cross_entropy_and_its_second_derivatives_match_the_formula(x64):
@@ -118,7 +119,9 @@ def test_vmap_over_logits_targets_or_both(in_axes, name):
     targets = jax.random.randint(jax.random.key(1), (3, ROWS), 0, CLASSES)
     arguments = [a if axis == 0 else a[0] for a, axis in zip((logits, targets), in_axes, strict=True)]
     expected = [
-        jax.value_and_grad(jaxloss.cross_entropy)(*(a[i] if axis == 0 else a for a, axis in zip(arguments, in_axes, strict=True)))
+        jax.value_and_grad(jaxloss.cross_entropy)(
+            *(a[i] if axis == 0 else a for a, axis in zip(arguments, in_axes, strict=True))
+        )
         for i in range(3)
     ]
     ours = jax.vmap(jax.value_and_grad(jaxloss.cross_entropy), in_axes)(*arguments)

@@ -1,0 +1,144 @@
+"""A whole run: load the data, train each model, save, report."""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from threading import Event
+
+import flax
+import jax
+import optax
+from rich.console import Console
+from safetensors.numpy import save_file
+
+import jaxloss
+from jaxloss.parity import to_torch
+from train.config import Config, UserError
+from train.data import Dataset, load
+from train.loop import Epoch, Learner
+from train.plots import save_confusion, save_curves
+from train.report import Monitor, Result, table
+
+
+def run(config: Config) -> int:
+    """Do what ``config`` asks for; the exit code is 0, or 130 after Ctrl-C."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    data = load(config.data, config.data_dir, config.download)
+    folder = None if config.dry_run else _make_folder(config)
+    results = []
+    with _interruptible() as interrupted:
+        for model in config.models:
+            learner = Learner(model, config.recipe(model), data, config.seed)
+            results.append(_train(learner, config, folder, interrupted, console))
+            if folder:
+                _save(results[-1], folder / model, data, weights=config.save_model or interrupted.is_set())
+            if interrupted.is_set():
+                break
+    console.print(table(results))
+    console.print(data.note)
+    if folder:
+        console.print(f"metrics, curves and confusion matrices: {folder}")
+    if interrupted.is_set():
+        return 130  # what a shell reports after Ctrl-C
+    if config.target_accuracy and not config.dry_run:
+        _judge(results, config.target_accuracy)
+    return 0
+
+
+def _train(learner: Learner, config: Config, folder: Path | None, interrupted: Event, console: Console) -> Result:
+    """Train one model; print and record each epoch as it ends."""
+    recipe = ", ".join(f"{name} {value}" for name, value in asdict(learner.recipe).items())
+    console.print(f"{learner.model}: {learner.loss.__name__}, {recipe}, seed {config.seed}")
+    stop = interrupted
+    if config.dry_run:  # stopped from the start, a model still takes one step
+        stop = Event()
+        stop.set()
+    epochs = []
+    with Monitor(console, learner, config.log_interval) as monitor:
+        for epoch in learner.epochs(stop, monitor.step):
+            epochs.append(epoch)
+            monitor.epoch(epoch)
+            if folder:
+                _record(folder / learner.model, epoch)
+    if interrupted.is_set():
+        console.print("interrupted: saving and reporting what was learned so far")
+    return Result(learner, epochs)
+
+
+def _make_folder(config: Config) -> Path:
+    """The run's folder, with its config.json and a folder for each model; never one that holds a run already."""
+    folder = config.out or _new_folder(f"{config.data}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        **asdict(config),
+        "recipes": {model: asdict(config.recipe(model)) for model in config.models},
+        "versions": {module.__name__: module.__version__ for module in (jaxloss, jax, flax, optax)},
+        "device": jax.devices()[0].device_kind,
+    }
+    try:
+        with (folder / "config.json").open("x") as file:
+            json.dump(about, file, default=str, indent=2)
+    except FileExistsError as error:
+        raise UserError(f"--out {folder} holds a run already: choose another folder") from error
+    for model in config.models:
+        (folder / model).mkdir(exist_ok=True)
+    return folder
+
+
+def _new_folder(stem: str) -> Path:
+    """runs/stem, or the first of runs/stem-1, runs/stem-2, ... that no other run has taken."""
+    folder, number = Path("runs", stem), 0
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            folder = folder.with_name(f"{stem}-{number}")
+        else:
+            return folder
+
+
+def _record(folder: Path, epoch: Epoch) -> None:
+    """Append the epoch to metrics.jsonl. Only ``timing`` differs between two runs of one command."""
+    phases = {"training": asdict(epoch.training), "validation": asdict(epoch.validation)}
+    timing = {f"{name}_seconds": phase.pop("seconds") for name, phase in phases.items()}
+    timing["images_per_second"] = epoch.training.images / epoch.training.seconds
+    with (folder / "metrics.jsonl").open("a") as file:
+        print(json.dumps({"epoch": epoch.number, "lr": epoch.lr, **phases, "timing": timing}), file=file)
+
+
+def _save(result: Result, folder: Path, data: Dataset, *, weights: bool) -> None:
+    """The pictures of one model, and its weights if wanted."""
+    learner = result.learner
+    title = f"{learner.model}, {learner.loss.__name__}: {result.accuracy:.2%} of {len(data.test.labels)} test images"
+    save_curves(folder / "curves.png", title, result.epochs)
+    save_confusion(folder / "confusion.png", title, learner.evaluate()[1], data)
+    if weights:
+        save_file(to_torch(learner.trained()), folder / "model.safetensors")
+
+
+def _judge(results: list[Result], target: float) -> None:
+    """Fail the run if a model missed the target."""
+    missed = [f"{result.learner.model} {result.accuracy:.4f}" for result in results if result.accuracy < target]
+    if missed:
+        raise UserError(f"test accuracy below --target-accuracy {target}: {', '.join(missed)}", exit_code=1)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Event]:
+    """Inside, Ctrl-C sets the event, and a second Ctrl-C interrupts at once."""
+    event = Event()
+
+    def interrupt(*_: object) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
