@@ -29,7 +29,8 @@ def floating_array(name: str, argument: str, value: Any) -> Array:
     """An array of a real floating dtype."""
     array = _array(name, argument, value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name}: {argument} must be floating, got {array.dtype}. Cast with .astype(jnp.float32).")
+        dtype = getattr(value, "dtype", array.dtype)
+        raise TypeError(f"{name}: {argument} must be floating, got {dtype}. Cast with .astype(jnp.float32).")
     return array
 
 
@@ -84,7 +85,7 @@ def reduction(name: str, reduction: Any, allowed: tuple[str, ...] = _REDUCTIONS)
 
 
 def fraction(name: str, argument: str, value: Any, upper: float) -> Any:
-    """A scalar in [0, upper], checked if it is concrete; None if it is concrete and 0, which switches the option off."""
+    """A scalar in [0, upper]; None for a concrete 0, which switches the option off. A tracer's value is not known."""
     if isinstance(value, jax.core.Tracer):
         if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
             raise TypeError(f"{name}: {argument} must be a floating scalar, got {value.dtype}{list(value.shape)}.")
@@ -121,8 +122,9 @@ def targets(name: str, targets: Any, logits: Array, axis: int, ignore_index: int
 def _probability_targets(name: str, targets: Any, ignore_index: int) -> Array:
     array = _array(name, "targets", targets)
     if not jnp.issubdtype(array.dtype, jnp.floating):
+        dtype = getattr(targets, "dtype", array.dtype)
         raise TypeError(
-            f"{name}: targets in the shape of logits are class probabilities and must be floating, got {array.dtype}. "
+            f"{name}: targets in the shape of logits are class probabilities and must be floating, got {dtype}. "
             "Class indices have the shape of logits without the class axis."
         )
     if integer(name, "ignore_index", ignore_index) >= 0:
@@ -158,9 +160,14 @@ def index_targets(
 
 def _index_dtype(name: str, dtype: np.dtype, values: Array, argument: str) -> None:
     if not jnp.issubdtype(dtype, jnp.integer):
+        probabilities = (
+            f"class probabilities must have the shape of logits, {values.shape}"
+            if argument == "logits"
+            else "for class probabilities use cross_entropy or kl_div"
+        )
         raise TypeError(
-            f"{name}: targets must be integers (class indices), got {dtype}. Cast class indices with "
-            f".astype(jnp.int32); class probabilities must have the shape of {argument}, {values.shape}."
+            f"{name}: targets must be integers (class indices), got {dtype}. "
+            f"Cast class indices with .astype(jnp.int32); {probabilities}."
         )
 
 
@@ -173,7 +180,7 @@ def _index_shape(name: str, shape: tuple, values: tuple, argument: str, axis: in
         layout = "PyTorch's (N, C, ...) layout pass axis=1" if last else "channels-last (N, ..., C) pass axis=-1"
         raise ValueError(
             f"{name}: targets must have shape {rows} ({argument}.shape without axis {-1 if last else axis}), "
-            f"got {shape}. For {layout}."
+            f"got {shape}.{f' For {layout}.' if rows else ''}"
         )
     return rows
 

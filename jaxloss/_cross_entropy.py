@@ -5,13 +5,13 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num
 
 from jaxloss import _checks
 from jaxloss._class_axis import ClassAxis
-from jaxloss._log_softmax import accumulator, apart, is_likely, log_normalizer
+from jaxloss._log_probs import expected_log_prob, target_log_prob
+from jaxloss._log_softmax import accumulator, apart
 from jaxloss._nll import Reduction, reduce_rows, weigh_rows
 
 
@@ -85,15 +85,16 @@ def cross_entropy(
         mean = lax.psum(loss, "data") / lax.psum(count, "data")
 
     Examples:
+        >>> import jax, jax.numpy as jnp, jaxloss
         >>> logits = jnp.array([[10.0, 3.0, 1.0], [-1.0, 0.0, -4.0]])
-        >>> cross_entropy(logits, jnp.array([1, 2]))
-        Array(5.663703, dtype=float32)
-        >>> cross_entropy(logits, jax.nn.one_hot(jnp.array([1, 2]), 3), label_smoothing=0.1)
-        Array(5.412037, dtype=float32)
+        >>> jaxloss.cross_entropy(logits, jnp.array([1, 2]))
+        Array(5.6637983, dtype=float32)
+        >>> jaxloss.cross_entropy(logits, jax.nn.one_hot(jnp.array([1, 2]), 3), label_smoothing=0.1)
+        Array(5.463799, dtype=float32)
 
     References:
         https://docs.pytorch.org/docs/2.13/generated/torch.nn.functional.cross_entropy.html; label smoothing: Szegedy
-        et al., https://arxiv.org/abs/1512.00567; z-loss: Chowdhery et al., https://arxiv.org/abs/2204.02311 (section 5).
+        et al., https://arxiv.org/abs/1512.00567; z-loss: Chowdhery et al., https://arxiv.org/abs/2204.02311 section 5.
     """
     name = "cross_entropy"
     logits = _checks.floating_array(name, "logits", logits)
@@ -170,7 +171,8 @@ def _smoothing_losses(
     weight: Num[Array, " classes"] | None,
 ) -> Float[Array, "..."]:
     """-Σ_c w_c log p_c of each row, as W · normalizer - Σ_c w_c (z_c - max)."""
-    relative = logits - axis.expand(*apart(top, 1))
+    (top,) = apart(top, 1)
+    relative = logits - axis.expand(top)
     if weight is None:
         return axis.size(logits) * normalizer - axis.sum(relative)
     class_weights = along_classes(axis, weight, logits)
@@ -215,141 +217,7 @@ def _probability_losses(
         smoothed = (1 - label_smoothing) * targets + label_smoothing / axis.size(logits)
     class_weights = 1 if weight is None else along_classes(axis, weight, logits)
     top = axis.max(logits)
-    log_prob, normalizer = _expected_log_prob(axis, logits, top, class_weights * smoothed)
+    log_prob, normalizer = expected_log_prob(axis, logits, top, class_weights * smoothed)
     if z_loss is None:
         return -log_prob
     return z_loss * axis.sum(class_weights * targets) * (top + normalizer) ** 2 - log_prob
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _expected_log_prob(
-    axis: ClassAxis, logits: Float[Array, "..."], top: Float[Array, "..."], masses: Float[Array, "..."]
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Σ_c masses · log p of each row, and log Σ exp(logits - top)."""
-    normalizer = log_normalizer(axis, logits, top, top)
-    return _weigh_log_probs(axis, logits, top, masses, normalizer), normalizer
-
-
-def _weigh_log_probs(
-    axis: ClassAxis,
-    logits: Float[Array, "..."],
-    top: Float[Array, "..."],
-    masses: Float[Array, "..."],
-    normalizer: Float[Array, "..."],
-) -> Float[Array, "..."]:
-    log_probs = (logits - axis.expand(*apart(top, 1))) - axis.expand(normalizer)
-    # Apart, or XLA merges this sum with the one over the rows: a single long sum rounds worse.
-    (sums,) = apart(axis.sum(masses * log_probs), 1)
-    return sums
-
-
-@_expected_log_prob.defjvp
-def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    logits, top, masses = primals
-    _, normalizer = _expected_log_prob(axis, *primals)
-
-    @partial(jax.checkpoint, prevent_cse=False)  # the residuals are the logits and the masses
-    def tangent(
-        logits: Float[Array, "..."],
-        masses: Float[Array, "..."],
-        normalizer: Float[Array, "..."],
-        dlogits: Float[Array, "..."],
-        dmasses: Float[Array, "..."],
-    ) -> tuple[Array, Array]:
-        probs = jnp.exp(logits - axis.expand(top)) * axis.expand(jnp.exp(-normalizer))
-        total = axis.expand(axis.sum(masses))
-        at_likely = (masses - total) - total * axis.expand(jnp.expm1(-normalizer))  # 1 - p without its cancellation
-        coefficient = jnp.where(is_likely(probs), at_likely, masses - total * probs)
-        dlog_prob = axis.sum(coefficient * dlogits) + _weigh_log_probs(axis, logits, top, dmasses, normalizer)
-        return dlog_prob, axis.sum(probs * dlogits)
-
-    return (_weigh_log_probs(axis, *primals, normalizer), normalizer), tangent(
-        logits, masses, normalizer, tangents[0], tangents[2]
-    )
-
-
-def target_log_prob(
-    axis: ClassAxis,
-    logits: Float[Array, "..."],
-    top: Float[Array, "..."],
-    targets: Integer[Array, "..."],
-    kept: Bool[Array, "..."],
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Each row's log-probability of its target, and log Σ exp(logits - top); constants in rows that are not kept.
-
-    Leaving the target out of the sum keeps a confident row exact: there 1 - p is a sum of small terms, not a difference.
-    """
-    margin = jnp.where(kept, axis.pick(logits, targets) - top, 0)
-    return _join(margin, _sum_others(axis, logits, top, targets, kept))
-
-
-@jax.custom_jvp
-def _join(margin: Float[Array, "..."], others: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """log(e / s) and log s with e = exp(margin), s = e + others."""
-    normalizer = jnp.log1p(others + (jnp.exp(margin) - 1))
-    return margin - normalizer, normalizer
-
-
-@_join.defjvp
-def _join_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    (margin, others), (dmargin, dothers) = primals, tangents
-    target = jnp.exp(margin)
-    inverse = 1 / (others + target)
-    dlog_prob = (others * dmargin - dothers) * inverse
-    return _join(margin, others), (dlog_prob, (target * dmargin + dothers) * inverse)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _sum_others(
-    axis: ClassAxis,
-    logits: Float[Array, "..."],
-    top: Float[Array, "..."],
-    targets: Integer[Array, "..."],
-    kept: Bool[Array, "..."],
-) -> Float[Array, "..."]:
-    """Σ exp(logits - top) over the classes other than the target; 0 in rows that are not kept."""
-    classes = logits.shape[axis.position]
-    if classes * jnp.finfo(logits.dtype).eps >= 1:  # class indices are not exact in this dtype
-        return jnp.where(kept, axis.sum(_others(axis, logits, top, targets, kept)), 0)
-    # XLA's CPU reductions fuse this arithmetic mask, but would write a select out to memory.
-    index = lax.broadcasted_iota(logits.dtype, logits.shape, axis.position)
-    distance = jnp.abs(index - axis.expand(axis.local(targets, classes).astype(logits.dtype)))
-    terms = jnp.exp(logits - axis.expand(top)) * jnp.minimum(distance, 1)
-    return jnp.where(kept, axis.sum(terms), 0)
-
-
-@_sum_others.defjvp
-def _sum_others_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    logits, top, targets, kept = primals
-
-    @partial(jax.checkpoint, prevent_cse=False)  # the residual is the logits, not a second array of that size
-    def tangent(logits: Float[Array, "..."], dlogits: Float[Array, "..."]) -> Float[Array, "..."]:
-        return axis.sum(_push(axis, _others(axis, logits, top, targets, kept), kept, dlogits))
-
-    total = axis.sum(_others(axis, logits, top, targets, kept))
-    return jnp.where(kept, total, 0), tangent(logits, tangents[0])
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _others(
-    axis: ClassAxis,
-    logits: Float[Array, "..."],
-    top: Float[Array, "..."],
-    targets: Integer[Array, "..."],
-    kept: Bool[Array, "..."],
-) -> Float[Array, "..."]:
-    """exp(logits - top), 0 at the target."""
-    return jnp.where(axis.is_target(logits, targets), 0, jnp.exp(logits - axis.expand(top)))
-
-
-@_others.defjvp
-def _others_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    others = _others(axis, *primals)
-    return others, _push(axis, others, primals[3], tangents[0])
-
-
-def _push(
-    axis: ClassAxis, others: Float[Array, "..."], kept: Bool[Array, "..."], dlogits: Float[Array, "..."]
-) -> Float[Array, "..."]:
-    """The tangent of `_others`. The select is its transpose's last step: 0 in an ignored row, whatever the row holds."""
-    return others * jnp.where(axis.expand(kept), dlogits, 0)

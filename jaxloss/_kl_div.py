@@ -46,8 +46,9 @@ def kl_div(
     a negative target is NaN; no elements give NaN, or 0 under "sum".
 
     Examples:
-        >>> log_probs = log_softmax(jnp.array([[1.0, 2.0, 3.0]]))
-        >>> kl_div(log_probs, jnp.array([[0.0, 0.0, 1.0]]), reduction="batchmean")
+        >>> import jax.numpy as jnp, jaxloss
+        >>> log_probs = jaxloss.log_softmax(jnp.array([[1.0, 2.0, 3.0]]))
+        >>> jaxloss.kl_div(log_probs, jnp.array([[0.0, 0.0, 1.0]]), reduction="batchmean")
         Array(0.40760595, dtype=float32)
 
     References:

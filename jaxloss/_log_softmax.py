@@ -40,7 +40,8 @@ def log_softmax(
     is NaN; a 0-d array gives 0; an empty array gives an empty array.
 
     Examples:
-        >>> log_softmax(jnp.array([20.0, 0.0, 0.0]))
+        >>> import jax.numpy as jnp, jaxloss
+        >>> jaxloss.log_softmax(jnp.array([20.0, 0.0, 0.0]))
         Array([-4.1223074e-09, -2.0000000e+01, -2.0000000e+01], dtype=float32)
 
     References:
@@ -63,7 +64,7 @@ def accumulator(x: Array) -> Float[Array, "..."]:
 
 
 def log_normalizer(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log Σ exp(logits - max) of each row, exact also where one class has almost all the probability.
+    """Each row's log Σ exp(logits - max), exact also where one class has almost all the probability.
 
     The sum of e - ⌊e⌋ leaves out the maximum and all that ties with it, and the plain sum tells how many those were.
     `tops` is the maximum twice: the same array if exp(logits - max) is wanted in memory anyway, else two `apart`.
@@ -75,7 +76,7 @@ def log_normalizer(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Ar
 
 
 def apart(rows: Float[Array, "..."], copies: int) -> tuple[Float[Array, "..."], ...]:
-    """Copies that XLA cannot tell to be equal, so that large arrays computed from them are fused, not shared in memory."""
+    """Copies that XLA cannot tell to be equal: what is computed from each is fused where it is used, never stored."""
     return lax.optimization_barrier((rows,) * copies)
 
 

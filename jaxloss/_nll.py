@@ -54,8 +54,9 @@ def nll_loss(
     gradient 0; a log-probability of -inf at the target gives +inf; NaN in an ignored row has no effect.
 
     Examples:
+        >>> import jax.numpy as jnp, jaxloss
         >>> log_probs = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]]))
-        >>> nll_loss(log_probs, jnp.array([0, 2]))
+        >>> jaxloss.nll_loss(log_probs, jnp.array([0, 2]))
         Array(0.35667497, dtype=float32)
 
     References:

@@ -43,7 +43,7 @@ def evaluate_jax(name: str, arrays: dict[str, np.ndarray], options: dict[str, An
         inputs = arrays | floating
         weight = {"weight": inputs["weight"]} if "weight" in inputs else {}
         result = OURS[name](inputs[values], inputs[targets], **weight, **options, **position)
-        return jnp.sum(result.astype(jnp.promote_types(result.dtype, jnp.float32))), result
+        return jnp.sum(result.astype(jnp.float64 if dtype == "float64" else jnp.float32)), result
 
     gradients, result = jax.grad(loss, has_aux=True)(floating)
     return {"loss": result} | {f"d{k}": v for k, v in gradients.items()}

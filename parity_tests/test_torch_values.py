@@ -29,8 +29,7 @@ UNSIGNED = ["uint8", "uint16", "uint32", "uint64"]
 def agree(name: str, arrays: dict, axis: int = 1, **options) -> dict:
     """PyTorch's loss and gradients, once ours equal them in float64."""
     theirs = evaluate_torch(name, arrays, options, "float64")
-    # evaluate_jax's own sum of the losses promotes, which strict mode refuses in float64.
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+    with jax.enable_x64(True):
         ours = evaluate_jax(name, arrays, options, "float64", axis)
     assert_float64_close({key: ours[key] for key in theirs}, theirs, may_be_empty=True)
     return theirs
@@ -51,7 +50,7 @@ def test_class_axis_may_be_anywhere(shape, axis, kind):
     arrays = {"values": rng.normal(size=shape), "targets": targets, "weight": WEIGHT}
     theirs = evaluate_torch(name, arrays, {"reduction": "none"}, "float64")
     moved = {key: np.moveaxis(x, 1, axis) if x.shape == shape else x for key, x in arrays.items()}
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+    with jax.enable_x64(True):
         ours = evaluate_jax(name, moved, {"reduction": "none"}, "float64", axis)
     back = {key: x if key == "loss" else np.moveaxis(x, axis, 1) for key, x in ours.items() if key in theirs}
     assert_float64_close(back, theirs)

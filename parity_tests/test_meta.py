@@ -1,0 +1,179 @@
+"""The suite's own soundness: gates that fail on faults, imports that point one way, complete docstrings."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxloss
+from parity_tests.gates import (
+    assert_errors_within_ratio,
+    assert_float64_close,
+    assert_identical,
+    assert_same_structure,
+    relative_l2,
+)
+
+ROOT = Path(__file__).parents[1]
+GOOD = np.random.default_rng(0).normal(size=(5, 7))
+
+
+def perturbed(index: tuple[int, int], value: float) -> np.ndarray:
+    x = GOOD.copy()
+    x[index] = value
+    return x
+
+
+FAULTS = {
+    "one element off": GOOD * (1 + 1e-9 * (np.arange(35).reshape(5, 7) == 3)),
+    "sign": -GOOD,
+    "scaled": GOOD * (1 + 1e-11),
+    "rows permuted": GOOD[::-1].copy(),
+    "NaN on one side": perturbed((0, 0), np.nan),
+    "inf on one side": perturbed((0, 0), np.inf),
+    "other shape": GOOD.ravel(),
+    "other dtype": GOOD.astype(np.float32),
+    "zeros": np.zeros_like(GOOD),
+    "other keys": {"a": GOOD},
+    "empty": np.zeros((0,)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_float64_and_identity_gates_fail_on(fault):
+    for gate in (assert_float64_close, assert_identical):
+        gate(GOOD, GOOD.copy())
+        with pytest.raises(AssertionError):
+            gate(FAULTS[fault], GOOD)
+
+
+@pytest.mark.parametrize("fault", ["NaN on one side", "inf on one side", "other shape", "other dtype", "other keys"])
+def test_structure_gate_fails_on(fault):
+    assert_same_structure(GOOD, -GOOD)
+    with pytest.raises(AssertionError):
+        assert_same_structure(FAULTS[fault], GOOD)
+
+
+def test_gates_fail_when_there_is_nothing_to_compare():
+    for gate in (assert_float64_close, assert_identical, assert_same_structure):
+        with pytest.raises(AssertionError, match="nothing"):
+            gate({}, {})
+
+
+def test_nan_and_inf_at_the_same_places_pass():
+    for value in (np.nan, np.inf, -np.inf):
+        assert_float64_close(perturbed((1, 2), value), perturbed((1, 2), value))
+    with pytest.raises(AssertionError):
+        assert_float64_close(perturbed((1, 2), np.inf), perturbed((1, 2), -np.inf))
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_ratio_gate_fails_on_three_times_the_error(factor):
+    exact = np.random.default_rng(1).normal(size=4000)
+    error = np.random.default_rng(2).normal(size=4000) * 1e-5
+    cases = [((exact + factor * error).astype(np.float32), (exact + error).astype(np.float32), exact)]
+    with nullcontext() if factor == 1.0 else pytest.raises(AssertionError, match="rmse"):
+        assert_errors_within_ratio(cases)
+
+
+def test_ratio_gate_needs_a_float64_oracle():
+    x = GOOD.astype(np.float32)
+    with pytest.raises(AssertionError, match="oracle"):
+        assert_errors_within_ratio([(x, x, x)])
+
+
+def test_relative_l2_sees_a_permutation():
+    assert relative_l2(GOOD, GOOD) == 0
+    assert relative_l2(GOOD[::-1], GOOD) > 0.5
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def files(folder: str, *, without: str = "\0") -> list[Path]:
+    found = [p for p in (ROOT / folder).rglob("*.py") if without not in str(p.relative_to(ROOT))]
+    assert found
+    return found
+
+
+def test_imports_point_one_way():
+    for path in files("jaxloss", without="parity"):
+        outside = {n.split(".")[0] for n in imported(path)} - {"jaxloss", "jax", "jaxtyping", "numpy"}
+        assert outside <= sys.stdlib_module_names, f"{path}: {outside}"
+        assert not any(n.startswith("jaxloss.parity") for n in imported(path)), path
+    for path in files("jaxloss/parity"):
+        assert not any(n.split(".")[0] in ("train", "parity_tests") for n in imported(path)), path
+    for path in files("train"):
+        names = imported(path)
+        assert not any(n.split(".")[0] in ("parity_tests", "torch") for n in names), path
+        assert not any("._" in n for n in names if n.startswith("jaxloss")), f"{path}: a private name of jaxloss"
+
+
+def test_checks_import_nothing_of_ours():
+    assert not any(n.startswith("jaxloss") for n in imported(ROOT / "jaxloss" / "_checks.py"))
+
+
+def test_no_private_jax_import():
+    for path in [*files("jaxloss"), *files("train")]:
+        assert not any(n.startswith(("jax._src", "jaxlib")) for n in imported(path)), path
+
+
+def test_importing_jaxloss_loads_nothing_heavy():
+    heavy = ["torch", "flax", "optax", "jax.experimental.pallas", "train", "jaxloss.parity"]
+    code = f"import sys, jaxloss; sys.exit(' '.join(m for m in {heavy} if m in sys.modules) or None)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+FUNCTIONS = ["log_softmax", "nll_loss", "cross_entropy", "kl_div"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_public_function_has_a_complete_docstring(name):
+    function = getattr(jaxloss, name)
+    text = inspect.getdoc(function)
+    order = [
+        text.find(part)
+        for part in ("nats", ".. math::", "Args:", "Returns:", "Raises:", "Edge values:", "Examples:", "References:")
+    ]
+    assert all(place >= 0 for place in order), order
+    assert order == sorted(order)
+    arguments = text[text.index("Args:") : text.index("Returns:")]
+    for parameter in inspect.signature(function).parameters:
+        assert f"{parameter}: " in arguments, parameter
+
+
+def test_every_public_name_has_a_docstring():
+    for name in set(jaxloss.__all__) - {"__version__"}:
+        assert len(inspect.getdoc(getattr(jaxloss, name))) > 40, name
+
+
+def test_signatures_are_the_public_contract():
+    from inspect import signature
+
+    def keywords(f):
+        parameters = signature(f).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    assert keywords(jaxloss.log_softmax) == {"axis": -1, "dtype": None}
+    shared = {"weight": None, "ignore_index": -100, "reduction": "mean"}
+    assert keywords(jaxloss.nll_loss) == shared | {"axis": -1}
+    extra = {"label_smoothing": 0.0, "z_loss": 0.0, "axis": -1, "class_axis_name": None, "dtype": None}
+    assert keywords(jaxloss.cross_entropy) == shared | extra
+    assert keywords(jaxloss.kl_div) == {"log_target": False, "reduction": "mean"}
+    assert jaxloss.nll is jaxloss.nll_loss
