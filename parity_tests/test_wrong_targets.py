@@ -7,8 +7,6 @@ import optax
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jax import lax
-from jax.experimental import checkify
 
 import jaxloss
 
@@ -77,38 +75,6 @@ def test_optax_trains_on_the_wrong_class_where_we_do_not():
     ours = jax.jit(lambda t: jaxloss.cross_entropy(logits, t, reduction="none"))(jnp.array([-1, -100]))
     assert np.isnan(ours[0])
     assert ours[1] == 0
-
-
-def scanned_gradient(logits, targets):
-    def step(carry, t):
-        return carry + jax.grad(jaxloss.cross_entropy)(logits, t), None
-
-    return lax.scan(step, jnp.zeros_like(logits), targets[None])[0]
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        jax.jit(jaxloss.cross_entropy),
-        jax.jit(jax.grad(jaxloss.cross_entropy)),
-        jax.vmap(lambda z, t: jaxloss.cross_entropy(z, t)),
-        jax.jit(scanned_gradient),
-        jax.jit(jaxloss.nll_loss),
-    ],
-    ids=["jit", "grad", "vmap", "grad in scan", "nll_loss"],
-)
-def test_wrong_target_under_checkify_is_an_error_that_names_it(function):
-    checked = checkify.checkify(function)
-    error, _ = checked(jnp.asarray(LOGITS), jnp.array([0, 1, 7, 2]))
-    with pytest.raises(checkify.JaxRuntimeError, match=r"Target 7 is out of bounds\."):
-        error.throw()
-    error, _ = checked(jnp.asarray(LOGITS), jnp.array([0, 1, 4, -100]))
-    error.throw()
-
-
-def test_checkify_costs_nothing_where_it_is_not_used():
-    arguments = LOGITS, jnp.zeros(4, jnp.int32)
-    assert not jax.make_jaxpr(jax.grad(jaxloss.cross_entropy))(*arguments).effects
 
 
 def test_targets_that_span_processes_are_not_read(monkeypatch):
