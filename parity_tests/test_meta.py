@@ -177,3 +177,21 @@ def test_signatures_are_the_public_contract():
     assert keywords(jaxloss.cross_entropy) == shared | extra
     assert keywords(jaxloss.kl_div) == {"log_target": False, "reduction": "mean"}
     assert jaxloss.nll is jaxloss.nll_loss
+
+
+def test_readme_example_trains():
+    text = (ROOT / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code, names)  # ours: the block that readers run
+    for _ in range(20):
+        names["params"], names["state"], loss = names["step"](names["params"], names["state"])
+    assert loss < names["loss"]
+
+
+def test_readme_gives_the_two_commands_and_the_check_line():
+    text = (ROOT / "README.md").read_text()
+    lines = text.splitlines()
+    assert lines[3] == "pip install -e '.[train]' && python -m train"
+    assert "pip install -e '.[test]' && pytest" in lines
+    assert "ruff format --check . && ruff check . && pyright && pytest" in lines
