@@ -7,6 +7,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -195,3 +196,10 @@ def test_readme_gives_the_two_commands_and_the_check_line():
     assert lines[3] == "pip install -e '.[train]' && python -m train"
     assert "pip install -e '.[test]' && pytest" in lines
     assert "ruff format --check . && ruff check . && pyright && pytest" in lines
+
+
+def test_private_functions_are_type_checked_under_pytest_and_public_ones_are_not():
+    with pytest.raises(Exception, match="Type-check error"):
+        jaxloss._nll.reduce_rows(jnp.ones(3, int), jnp.ones(3), "mean")
+    with pytest.raises(TypeError, match="cross_entropy: logits must be floating, got int32"):
+        jaxloss.cross_entropy(jnp.ones((2, 3), int), jnp.array([0, 1]))

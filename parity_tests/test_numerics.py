@@ -70,6 +70,8 @@ def test_common_offset_changes_nothing_where_optax_is_off(offset):
     targets = np.array([1, 2])
     moved = (logits + np.float32(offset)).astype(np.float32)
     logits = moved - np.float32(offset)  # the values that survive rounding at that offset
+    theirs, exact = (optax.softmax_cross_entropy_with_integer_labels(z, targets) for z in (moved, logits))
+    assert np.max(np.abs(theirs - exact)) > 1e-3
     for transform in (lambda f: f, jax.grad):
         at_offset = transform(jaxloss.cross_entropy)(moved, targets)
         np.testing.assert_array_equal(at_offset, transform(jaxloss.cross_entropy)(logits, targets))

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -158,3 +159,30 @@ def test_tokens_split_in_shard_map_sum_and_count_globally():
     mapped = jax.shard_map(mean, mesh=mesh_of(AxisType.Auto), in_specs=(P("x", None), P("x")), out_specs=P())
     ours = jax.jit(jax.value_and_grad(mapped))(logits, targets)
     assert_trees_close(ours, jax.jit(jax.value_and_grad(jaxloss.cross_entropy))(logits, targets))
+
+
+@pytest.mark.parametrize("name", ["log_softmax", "nll_loss", "kl_div"])
+def test_the_other_losses_take_sharded_classes_too(name):
+    logits, targets, weight = make_inputs("index")
+    probabilities = make_inputs("probability")[1]
+    functions = {
+        "log_softmax": lambda z: jnp.vdot(jaxloss.log_softmax(z), probabilities),
+        "nll_loss": lambda z: jaxloss.nll_loss(z, targets, weight=weight),
+        "kl_div": lambda z: jaxloss.kl_div(z, probabilities, reduction="batchmean"),
+    }
+    expected = jax.jit(jax.value_and_grad(functions[name]))(logits)
+    mesh = mesh_of(AxisType.Auto if name == "log_softmax" else AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(logits, NamedSharding(mesh, P(None, "x")))
+        compiled = jax.jit(jax.value_and_grad(functions[name])).lower(split).compile()
+        assert_trees_close(jax.device_get(compiled(split)), jax.device_get(expected))
+
+
+def test_optax_raises_on_classes_split_over_an_explicit_mesh_axis():
+    logits, targets, _ = make_inputs("index")
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(logits, NamedSharding(mesh, P(None, "x")))
+        targets = jnp.maximum(targets, 0)
+        with pytest.raises(Exception, match="sharding"):
+            jax.jit(optax.softmax_cross_entropy_with_integer_labels)(split, targets)

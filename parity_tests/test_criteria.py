@@ -1,0 +1,47 @@
+"""The criteria as objects: frozen, printable, pytrees whose only leaf is the weight."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxloss
+
+LOGITS = jax.random.normal(jax.random.key(0), (4, 3))
+TARGETS = jnp.array([0, 2, 1, -100])
+WEIGHT = jnp.array([1.0, 2.0, 0.5])
+CRITERIA = [jaxloss.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1), jaxloss.NLLLoss(weight=WEIGHT)]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=lambda c: type(c).__name__)
+def test_criterion_passes_through_jit_as_an_argument_and_as_a_constant(criterion):
+    plain = criterion(LOGITS, TARGETS)
+    np.testing.assert_allclose(jax.jit(lambda c, z: c(z, TARGETS))(criterion, LOGITS), plain, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(lambda z: criterion(z, TARGETS))(LOGITS), plain, rtol=1e-6)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=lambda c: type(c).__name__)
+def test_weight_is_the_only_leaf_and_has_a_gradient(criterion):
+    assert len(jax.tree.leaves(criterion)) == 1
+    gradient = jax.grad(lambda c: c(LOGITS, TARGETS))(criterion)
+    assert type(gradient) is type(criterion)
+    assert np.any(gradient.weight)
+    assert gradient.ignore_index == -100
+
+
+def test_other_values_of_weight_do_not_recompile():
+    step = jax.jit(lambda c: c(LOGITS, TARGETS))
+    for scale in (1.0, 2.0, 3.0):
+        step(jaxloss.CrossEntropyLoss(weight=scale * WEIGHT))
+    assert step._cache_size() == 1
+
+
+def test_criterion_is_frozen_and_shows_its_options():
+    criterion = jaxloss.CrossEntropyLoss(reduction="sum", z_loss=1e-4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        criterion.reduction = "mean"
+    assert "reduction='sum'" in repr(criterion)
+    assert "z_loss=0.0001" in repr(criterion)
+    assert repr(jaxloss.LogSoftmax(axis=1)) == "LogSoftmax(axis=1)"
