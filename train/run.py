@@ -1,7 +1,9 @@
 """A whole run: load the data, train each model, save, report."""
 
 import json
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,12 +132,14 @@ def _judge(results: list[Result], target: float) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[Event]:
-    """Inside, Ctrl-C sets the event, and a second Ctrl-C interrupts at once."""
+    """Inside, Ctrl-C sets the event, and a second Ctrl-C ends the process at once."""
     event = Event()
 
     def interrupt(*_: object) -> None:
+        if event.is_set():  # no exception, which would surface as a traceback wherever Python happens to be
+            os.write(sys.stderr.fileno(), b"error: interrupted\n")
+            os._exit(130)
         event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = signal.signal(signal.SIGINT, interrupt)
     try:
