@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -203,3 +204,13 @@ def test_private_functions_are_type_checked_under_pytest_and_public_ones_are_not
         jaxloss._nll.reduce_rows(jnp.ones(3, int), jnp.ones(3), "mean")
     with pytest.raises(TypeError, match="cross_entropy: logits must be floating, got int32"):
         jaxloss.cross_entropy(jnp.ones((2, 3), int), jnp.array([0, 1]))
+
+
+def test_readme_speeds_are_those_of_the_committed_results():
+    rows = json.loads((ROOT / "benchmarks/results/losses-cpu.json").read_text())["rows"]
+    text = (ROOT / "README.md").read_text()
+    for row in rows:
+        times = {name: t["median"] for name, t in row["milliseconds"].items()}
+        (line,) = (x for x in text.splitlines() if x.startswith("| {} × {} |".format(*row["shape"])))
+        for peer in ("optax", "PyTorch eager"):
+            assert f"{times['jaxloss'] / times[peer]:.2f}" in line
