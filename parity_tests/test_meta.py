@@ -211,6 +211,6 @@ def test_readme_speeds_are_those_of_the_committed_results():
     text = (ROOT / "README.md").read_text()
     for row in rows:
         times = {name: t["median"] for name, t in row["milliseconds"].items()}
-        (line,) = (x for x in text.splitlines() if x.startswith("| {} × {} |".format(*row["shape"])))
+        (line,) = (x for x in text.splitlines() if x.startswith("| {} x {} |".format(*row["shape"])))
         for peer in ("optax", "PyTorch eager"):
             assert f"{times['jaxloss'] / times[peer]:.2f}" in line
