@@ -3,6 +3,7 @@
 from jaxloss._criteria import CrossEntropyLoss, LogSoftmax, NLLLoss
 from jaxloss._cross_entropy import cross_entropy
 from jaxloss._kl_div import kl_div
+from jaxloss._linear import linear_cross_entropy
 from jaxloss._log_softmax import log_softmax
 from jaxloss._nll import nll_loss
 
@@ -17,6 +18,7 @@ __all__ = [
     "__version__",
     "cross_entropy",
     "kl_div",
+    "linear_cross_entropy",
     "log_softmax",
     "nll",
     "nll_loss",

@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+Shaped = Array | jax.ShapeDtypeStruct
 _REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -112,7 +113,9 @@ def weight(name: str, weight: Any, classes: int) -> Array | None:
     return array
 
 
-def targets(name: str, targets: Any, logits: Array, axis: int, ignore_index: int, class_axis_name: str | None) -> Array:
+def targets(
+    name: str, targets: Any, logits: Shaped, axis: int, ignore_index: int, class_axis_name: str | None
+) -> Array:
     """Class probabilities if the shape is that of the logits, else class indices."""
     if np.shape(targets) == logits.shape and logits.ndim:
         return _probability_targets(name, targets, ignore_index)
@@ -141,7 +144,7 @@ def integer(name: str, argument: str, value: Any) -> int:
 
 
 def index_targets(
-    name: str, targets: Any, values: Array, argument: str, axis: int, ignore_index: int, bounded: bool = True
+    name: str, targets: Any, values: Shaped, argument: str, axis: int, ignore_index: int, bounded: bool = True
 ) -> Array:
     """Class indices as int32, in the shape of `values` without `axis`; in range if they are concrete and `bounded`."""
     limit = np.iinfo(np.int32)
@@ -158,7 +161,7 @@ def index_targets(
     return jnp.asarray(targets, np.int32).reshape(rows)
 
 
-def _index_dtype(name: str, dtype: np.dtype, values: Array, argument: str) -> None:
+def _index_dtype(name: str, dtype: np.dtype, values: Shaped, argument: str) -> None:
     if not jnp.issubdtype(dtype, jnp.integer):
         probabilities = (
             f"class probabilities must have the shape of logits, {values.shape}"
@@ -211,3 +214,62 @@ def flag(name: str, argument: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: {argument} must be True or False, got {value!r}.")
     return bool(value)
+
+
+def projection(name: str, inputs: Array, linear_weight: Array) -> jax.ShapeDtypeStruct:
+    """The logits that the projection would give, as a shape: (..., classes), or (batch, classes, d1, ..., dK)."""
+    if inputs.ndim == 0 or linear_weight.ndim < 2 or inputs.shape[-1] != linear_weight.shape[-1]:
+        raise ValueError(
+            f"{name}: inputs (..., features) and linear_weight (classes, features) must share their last axis, "
+            f"got {inputs.shape} and {linear_weight.shape}. Pass a Flax kernel as kernel.T."
+        )
+    if linear_weight.ndim > 2 and inputs.ndim != 2:
+        raise ValueError(
+            f"{name}: linear_weight {linear_weight.shape} with more than two axes needs inputs (batch, features), "
+            f"got {inputs.shape}."
+        )
+    return jax.ShapeDtypeStruct(inputs.shape[:-1] + linear_weight.shape[:-1], inputs.dtype)
+
+
+def linear_targets(
+    name: str,
+    value: Any,
+    logits: jax.ShapeDtypeStruct,
+    axis: int,
+    ignore_index: int | None,
+    class_axis_name: str | None,
+) -> tuple[Array, int]:
+    """Targets for logits that are never made, and the index to ignore: with probabilities, none may be given."""
+    if np.shape(value) == logits.shape and ignore_index is not None:
+        raise ValueError(f"{name}: ignore_index applies to class indices, got {ignore_index} with probability targets.")
+    ignore_index = -100 if ignore_index is None else ignore_index
+    return targets(name, value, logits, axis, ignore_index, class_axis_name), ignore_index
+
+
+def bias(name: str, bias: Any, out: tuple[int, ...]) -> Array | None:
+    """A bias of the shape of the projection's outputs."""
+    if bias is None:
+        return None
+    array = floating_array(name, "linear_bias", bias)
+    if array.shape != out:
+        raise ValueError(
+            f"{name}: linear_bias must have shape {out} (linear_weight's, no features), got {array.shape}."
+        )
+    return array
+
+
+def positive(name: str, argument: str, value: Any) -> Any:
+    """A scalar above 0, checked if it is concrete; None stays None."""
+    if value is None:
+        return None
+    checked = fraction(name, argument, value, upper=math.inf)
+    if checked is None:
+        raise ValueError(f"{name}: {argument} must be above 0, got {value}. Pass None to leave it out.")
+    return checked
+
+
+def budget(name: str, memory_budget: Any) -> int:
+    """A positive number of bytes."""
+    if integer(name, "memory_budget", memory_budget) <= 0:
+        raise ValueError(f"{name}: memory_budget must be a positive number of bytes, got {memory_budget}.")
+    return int(memory_budget)

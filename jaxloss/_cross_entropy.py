@@ -136,6 +136,22 @@ def _cross_entropy(
     return _index_loss(axis, values, targets, *options, ignore_index, reduction).astype(dtype)
 
 
+def losses_of_rows(
+    axis: ClassAxis,
+    logits: Float[Array, "..."],
+    targets: Float[Array, "..."] | Integer[Array, "..."],
+    weight: Num[Array, " classes"] | None,
+    label_smoothing: Float[Array, ""] | float | None,
+    z_loss: Float[Array, ""] | float | None,
+    ignore_index: int,
+) -> Float[Array, "..."]:
+    """Each row's loss in the dtype of the logits, for either kind of targets."""
+    options = (weight, label_smoothing, z_loss)
+    if jnp.issubdtype(targets.dtype, jnp.floating):
+        return _probability_losses(axis, logits, targets.astype(logits.dtype), *options)
+    return _index_loss(axis, logits, targets, *options, ignore_index, "none")
+
+
 def _index_loss(
     axis: ClassAxis,
     logits: Float[Array, "..."],
@@ -146,7 +162,7 @@ def _index_loss(
     ignore_index: int,
     reduction: Reduction,
 ) -> Float[Array, "..."]:
-    kept, row_weights = weigh_rows(axis, logits, targets, weight, ignore_index)
+    kept, row_weights = weigh_rows(axis, axis.size(logits), targets, weight, ignore_index, logits.dtype)
     top = axis.max(logits)
     log_prob, normalizer = target_log_prob(axis, logits, top, targets, kept)
 

@@ -84,28 +84,27 @@ def _nll_loss(
 ) -> Float[Array, "..."]:
     class_axis = ClassAxis(axis)
     values = accumulator(log_probs)
-    kept, row_weights = weigh_rows(class_axis, values, targets, weight, ignore_index)
+    kept, row_weights = weigh_rows(class_axis, class_axis.size(values), targets, weight, ignore_index, values.dtype)
     losses = jnp.where(kept, -row_weights * class_axis.pick(values, targets), 0)
     return reduce_rows(losses, row_weights, reduction).astype(log_probs.dtype)
 
 
 def weigh_rows(
     axis: ClassAxis,
-    values: Float[Array, "..."],
+    classes: int,
     targets: Integer[Array, "..."],
     weight: Num[Array, " classes"] | None,
     ignore_index: int,
+    dtype: jnp.dtype,
 ) -> tuple[Bool[Array, "..."], Float[Array, "..."]]:
     """Which rows are kept, and each row's weight: 0 if ignored, NaN if its target is no class, else the class weight.
 
     The NaN is what carries a wrong label into the loss and every gradient it touches.
     """
-    targets = checked_targets(targets, axis.size(values), ignore_index)
+    targets = checked_targets(targets, classes, ignore_index)
     kept = targets != ignore_index
-    valid = (targets >= 0) & (targets < axis.size(values))
-    weights = (
-        jnp.ones_like(targets, values.dtype) if weight is None else _weight_at(axis, weight, targets, values.dtype)
-    )
+    valid = (targets >= 0) & (targets < classes)
+    weights = jnp.ones_like(targets, dtype) if weight is None else _weight_at(axis, weight, targets, dtype)
     return kept, jnp.where(kept, jnp.where(valid, weights, jnp.nan), 0)
 
 

@@ -142,7 +142,7 @@ def test_importing_jaxloss_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
-FUNCTIONS = ["log_softmax", "nll_loss", "cross_entropy", "kl_div"]
+FUNCTIONS = ["log_softmax", "nll_loss", "cross_entropy", "kl_div", "linear_cross_entropy"]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -178,6 +178,8 @@ def test_signatures_are_the_public_contract():
     extra = {"label_smoothing": 0.0, "z_loss": 0.0, "axis": -1, "class_axis_name": None, "dtype": None}
     assert keywords(jaxloss.cross_entropy) == shared | extra
     assert keywords(jaxloss.kl_div) == {"log_target": False, "reduction": "mean"}
+    own = {"linear_bias": None, "logit_softcap": None, "memory_budget": None, "ignore_index": None}
+    assert keywords(jaxloss.linear_cross_entropy) == {k: v for k, v in (shared | extra | own).items() if k != "axis"}
     assert jaxloss.nll is jaxloss.nll_loss
 
 

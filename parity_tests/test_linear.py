@@ -1,0 +1,269 @@
+"""linear_cross_entropy against PyTorch's, against our own cross_entropy of the whole logits, and in memory."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxloss
+from parity_tests.gates import assert_errors_within_ratio, assert_float64_close
+from parity_tests.losses import round_to, to_torch
+
+TOKENS, FEATURES, CLASSES = 13, 6, 11
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    """Arrays in PyTorch's layout and options of one call."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    leading = draw(st.sampled_from([(), (1,), (TOKENS,)]))
+    inner = draw(st.sampled_from([(), (), (2,), (2, 3)])) if leading else ()
+    arrays = {
+        "inputs": rng.normal(size=(*leading, FEATURES)),
+        "linear_weight": rng.normal(size=(CLASSES, *inner, FEATURES)) * 0.5,
+    }
+    if draw(st.booleans()):
+        arrays["targets"] = np.moveaxis(rng.dirichlet(np.ones(CLASSES), (*leading, *inner)), -1, len(leading))
+    else:
+        arrays["targets"] = rng.integers(0, CLASSES, (*leading, *inner))
+    if draw(st.booleans()):
+        arrays["linear_bias"] = rng.normal(size=(CLASSES, *inner))
+    if draw(st.booleans()):
+        arrays["weight"] = rng.uniform(0.2, 2, CLASSES)
+    options: dict[str, Any] = {"reduction": draw(st.sampled_from(["mean", "sum", "none"]))}
+    options["label_smoothing"] = draw(st.sampled_from([0.0, 0.1]))
+    if arrays["targets"].dtype == np.int64:
+        options["ignore_index"] = draw(st.sampled_from([None, -100, 3]))
+    budget = draw(st.sampled_from([None, 1, 5 * 2 * 8 * CLASSES]))
+    return {"arrays": arrays, "options": options, "budget": budget}
+
+
+def evaluate_jax(case: dict, dtype: str) -> dict[str, jax.Array]:
+    arrays = {k: jnp.asarray(v, dtype if v.dtype == np.float64 else None) for k, v in case["arrays"].items()}
+    floating = {k: v for k, v in arrays.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+
+    def loss(floating: dict) -> tuple[jax.Array, jax.Array]:
+        result = jaxloss.linear_cross_entropy(**(arrays | floating), **case["options"], memory_budget=case["budget"])
+        return jnp.sum(result.astype(jnp.float64 if dtype == "float64" else jnp.float32)), result
+
+    gradients, result = jax.grad(loss, has_aux=True)(floating)
+    return {"loss": result} | {f"d{k}": v for k, v in gradients.items()}
+
+
+def evaluate_torch(case: dict, dtype: str) -> dict[str, torch.Tensor]:
+    tensors = {k: to_torch(v, dtype if v.dtype == np.float64 else None) for k, v in case["arrays"].items()}
+    wanted = {k: v.requires_grad_() for k, v in tensors.items() if v.is_floating_point() and k != "weight"}
+    tensors["input"], tensors["target"] = tensors.pop("inputs"), tensors.pop("targets")
+    result = F.linear_cross_entropy(**tensors, **case["options"])
+    gradients = torch.autograd.grad(result.sum(), list(wanted.values()))
+    return {"loss": result} | {f"d{k}": g for k, g in zip(wanted, gradients, strict=True)}
+
+
+@settings(max_examples=150)
+@given(cases())
+def test_float64_values_and_gradients_equal_pytorch(case):
+    with jax.enable_x64(True):
+        ours = evaluate_jax(case, "float64")
+    theirs = evaluate_torch(case, "float64")
+    assert_float64_close({k: ours[k] for k in theirs}, theirs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_error_against_float64_is_no_worse_than_pytorchs(dtype, reduction):
+    results: dict[str, list] = {"loss": [], "dinputs": [], "dlinear_weight": []}
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        arrays = {
+            "inputs": round_to(rng.normal(size=(37, 24)), dtype),
+            "linear_weight": round_to(rng.normal(size=(41, 24)) * 0.3, dtype),
+            "targets": rng.integers(0, 41, 37),
+        }
+        case = {"arrays": arrays, "options": {"reduction": reduction}, "budget": 8 * 2 * 4 * 41}
+        ours, theirs = evaluate_jax(case, dtype), evaluate_torch(case, dtype)
+        with jax.enable_x64(True):
+            oracle = evaluate_jax(case, "float64")
+        for key, found in results.items():
+            found.append((ours[key], theirs[key], oracle[key]))
+    for found in results.values():
+        assert_errors_within_ratio(found)
+
+
+def materialised(inputs, linear_weight, targets, *, linear_bias=None, logit_softcap=None, **options):
+    logits = jnp.einsum("nf,c...f->nc...", inputs, linear_weight)
+    logits = logits if linear_bias is None else logits + linear_bias[None]
+    logits = logits if logit_softcap is None else logit_softcap * jnp.tanh(logits / logit_softcap)
+    return jaxloss.cross_entropy(logits, targets, axis=1, **options)
+
+
+ARGUMENTS = ("inputs", "linear_weight", "linear_bias", "weight", "label_smoothing", "z_loss", "logit_softcap")
+
+
+def draw(kind: str) -> tuple[dict[str, jax.Array], jax.Array]:
+    rng = np.random.default_rng(0)
+    inner = (2,) if kind == "two outputs" else ()
+    arrays = {
+        "inputs": rng.normal(size=(TOKENS, FEATURES)),
+        "linear_weight": rng.normal(size=(CLASSES, *inner, FEATURES)),
+        "linear_bias": rng.normal(size=(CLASSES, *inner)),
+        "weight": rng.uniform(0.5, 2, CLASSES),
+        "label_smoothing": 0.1,
+        "z_loss": 0.01,
+        "logit_softcap": 3.0,
+    }
+    targets = jnp.asarray(rng.integers(0, CLASSES, (TOKENS, *inner))).at[2].set(-100)
+    if kind == "probability":
+        targets = jnp.asarray(rng.dirichlet(np.ones(CLASSES), TOKENS))
+    return {k: jnp.asarray(v) for k, v in arrays.items()}, targets
+
+
+def both(kind: str, reduction: str) -> tuple[Any, Any, dict]:
+    """Ours in slabs of four tokens and the materialised one, as functions of a dict of everything differentiable."""
+    arrays, targets = draw(kind)
+    if kind == "probability":
+        arrays["targets"] = targets
+    budget = 4 * 2 * 8 * int(np.prod(arrays["linear_weight"].shape[:-1]))
+
+    def of(function, **extra):
+        def loss(arrays):
+            arguments = {"targets": targets} | arrays
+            first = [arguments.pop(k) for k in ("inputs", "linear_weight", "targets")]
+            return jnp.sum(function(*first, reduction=reduction, **arguments, **extra))
+
+        return loss
+
+    return of(jaxloss.linear_cross_entropy, memory_budget=budget), of(materialised), arrays
+
+
+TRANSFORMS = {
+    "grad": jax.grad,
+    "jvp": lambda f: lambda a: jax.jvp(f, (a,), (jax.tree.map(jnp.cos, a),)),
+    "jacfwd": jax.jacfwd,
+    "forward over reverse": lambda f: lambda a: jax.jvp(jax.grad(f), (a,), (jax.tree.map(jnp.cos, a),)),
+    "reverse over reverse": lambda f: jax.grad(
+        lambda a: sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(jax.grad(f)(a)))
+    ),
+    "checkpoint": lambda f: jax.grad(jax.checkpoint(f)),
+    "vmap": lambda f: lambda a: jax.vmap(f)(jax.tree.map(lambda x: jnp.stack([x, x * 0.9]), a)),
+    "vmap of grad": lambda f: lambda a: jax.vmap(jax.grad(f))(jax.tree.map(lambda x: jnp.stack([x, x * 0.9]), a)),
+    "scan": lambda f: jax.grad(lambda a: jax.lax.scan(lambda c, s: (c + s * f(a), None), 0.0, jnp.arange(3.0))[0]),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", ["index", "probability", "two outputs"])
+def test_transform_equals_that_of_the_materialised_loss(kind, reduction, transform, x64):
+    ours, theirs, arrays = both(kind, reduction)
+    transformed = [jax.jit(TRANSFORMS[transform](f))(arrays) for f in (ours, theirs)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), *transformed)
+
+
+def test_hessian_equals_that_of_the_materialised_loss(x64):
+    ours, theirs, arrays = both("index", "mean")
+    small = {k: arrays[k] for k in ("inputs", "linear_bias")}
+    hessians = [jax.hessian(lambda a, f=f: f(arrays | a))(small) for f in (ours, theirs)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), *hessians)
+
+
+def value_and_grad(tokens: int, features: int, classes: int, dtype=jnp.float32, **options: Any):
+    """The compiled value_and_grad of inputs and linear_weight, and what was lowered."""
+    shapes = [jax.ShapeDtypeStruct(s, dtype) for s in ((tokens, features), (classes, features))]
+    targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    step = jax.value_and_grad(lambda x, w, t: jaxloss.linear_cross_entropy(x, w, t, **options), (0, 1))
+    return jax.jit(step).lower(*shapes, targets)
+
+
+@pytest.mark.parametrize("budget", [2**20, 8 * 2**20])
+@pytest.mark.parametrize(("tokens", "features", "classes"), [(1000, 64, 8192), (512, 128, 20000), (2048, 32, 32768)])
+def test_temporaries_stay_within_the_budget(tokens, features, classes, budget):
+    compiled = value_and_grad(tokens, features, classes, memory_budget=budget).compile()
+    allowed = budget + 2 * 4 * features * classes + 16 * 2**20
+    assert compiled.memory_analysis().temp_size_in_bytes <= allowed
+
+
+def test_default_budget_takes_an_eighth_of_the_materialised_temporaries():
+    tokens, features, classes = 2048, 256, 131072
+    ours = value_and_grad(tokens, features, classes).compile().memory_analysis().temp_size_in_bytes
+    assert ours <= 2 * 4 * tokens * classes / 8
+
+
+def test_tracing_at_a_billion_tokens_and_a_million_classes_allocates_nothing():
+    lowered = value_and_grad(10**9, 8, 10**6)
+    assert lowered.out_info[1][0].shape == (10**9, 8)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_slab_costs_three_matrix_products_of_the_inputs_dtype_and_one_forward(dtype):
+    text = value_and_grad(64, 8, 32, dtype, memory_budget=16 * 3 * 4 * 32).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    name = {jnp.float32: "f32", jnp.bfloat16: "bf16"}[dtype]
+    for line in products:
+        operands, result = re.search(r": \((.*)\) -> tensor<(.*)>", line).groups()
+        assert re.findall(r"x([a-z]\w*)>", operands) == [name, name]
+        assert result.endswith("f32")
+    shapes = [jax.ShapeDtypeStruct(s, dtype) for s in ((64, 8), (32, 8))]
+    forward = jax.jit(jaxloss.linear_cross_entropy).lower(*shapes, jax.ShapeDtypeStruct((64,), jnp.int32)).as_text()
+    assert forward.count("dot_general") == 1
+
+
+def test_flax_kernel_transposed_is_not_copied():
+    def step(kernel, x, t):
+        return jaxloss.linear_cross_entropy(x, kernel.T, t)
+
+    arguments = jnp.ones((8, 4096)), jnp.ones((16, 8)), jnp.zeros(16, jnp.int32)
+    compiled = jax.jit(step).lower(*arguments).compile()
+    assert not re.search(r"= f32\[(8,4096|4096,8)\]\S* (transpose|copy)\(", compiled.as_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"linear_weight": np.ones((3, 5))}, r"must share their last axis, got \(2, 4\) and \(3, 5\)"),
+        ({"linear_weight": np.ones(4)}, "must share their last axis"),
+        ({"linear_bias": np.ones(4)}, r"linear_bias must have shape \(3,\)"),
+        ({"weight": np.ones(4)}, r"weight must have shape \(3,\)"),
+        ({"memory_budget": 0}, "memory_budget must be a positive number of bytes, got 0"),
+        ({"logit_softcap": 0.0}, "logit_softcap must be above 0"),
+        ({"logit_softcap": -1.0}, "logit_softcap must be finite and at least 0, got -1"),
+        ({"targets": np.ones((2, 3)) / 3, "ignore_index": -100}, "ignore_index applies to class indices"),
+        ({"inputs": np.ones((2, 2, 4)), "linear_weight": np.ones((3, 2, 4))}, "needs inputs"),
+        ({"targets": np.array([0, 1, 2])}, r"targets must have shape \(2,\)"),
+        ({"reduction": "avg"}, "reduction must be one of"),
+    ],
+    ids=lambda x: ", ".join(x) if isinstance(x, dict) else "",
+)
+def test_bad_argument_gets_one_clear_error(change, message):
+    good = {"inputs": np.ones((2, 4)), "linear_weight": np.ones((3, 4)), "targets": np.array([0, 1])}
+    jaxloss.linear_cross_entropy(**good)
+    with pytest.raises(ValueError, match=message):
+        jaxloss.linear_cross_entropy(**(good | change))
+
+
+def test_wrong_targets_are_what_they_are_in_cross_entropy():
+    x, w = jnp.ones((3, 4)), jnp.ones((5, 4))
+    with pytest.raises(IndexError, match=r"Target 5 is out of bounds\."):
+        jaxloss.linear_cross_entropy(x, w, np.array([0, 5, 1]))
+    step = jax.jit(jax.value_and_grad(lambda x, t: jaxloss.linear_cross_entropy(x, w, t)))
+    loss, gradient = step(x, jnp.array([0, 5, 1]))
+    assert np.isnan(loss)
+    assert np.isnan(gradient).all()
+
+
+@pytest.mark.parametrize("leading", [(), (7,), (2, 3), (2, 0)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_any_leading_axes(leading, reduction):
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(*leading, 4)).astype(np.float32), rng.normal(size=(5, 4)).astype(np.float32)
+    t = rng.integers(0, 5, leading)
+    ours = jaxloss.linear_cross_entropy(x, w, t, reduction=reduction, memory_budget=80)
+    theirs = jaxloss.cross_entropy(x @ w.T, t, reduction=reduction)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
