@@ -33,6 +33,9 @@ class _Arrays(NamedTuple):
     logit_softcap: Float[Array, ""] | float | None
 
 
+_SCALARS = ("label_smoothing", "z_loss", "logit_softcap")
+
+
 class _Settings(NamedTuple):
     """What the compiled program depends on."""
 
@@ -94,6 +97,9 @@ def linear_cross_entropy(
 
     Edge values: those of `cross_entropy`. Reverse mode of reverse mode may store (tokens, classes) arrays; second
     derivatives in forward-over-reverse mode (`jax.jvp` of `jax.grad`) stay within the slabs.
+
+    Sharding: classes may be split by an Auto mesh axis, or inside `shard_map` with `class_axis_name`; tokens inside
+    `shard_map`, as in `cross_entropy`. Explicit mesh axes raise; use `shard_map` there.
 
     Examples:
         >>> import jax.numpy as jnp, jaxloss
@@ -176,6 +182,13 @@ def _split(settings: _Settings, arrays: _Arrays) -> tuple[Array, Array, Array]:
     return cut(arrays.inputs), targets, cut(jnp.ones(tokens, bool))
 
 
+def _zeros(shape: tuple[int, ...], inputs: Array, *others: Array) -> Float[Array, "..."]:
+    """Zeros to add to that, inside `shard_map`, vary over every mesh axis that one of the arrays varies over."""
+    dtype = accumulator(inputs[:0]).dtype
+    never = (jnp.where(False, jnp.sum(x).astype(dtype), 0) for x in (inputs, *others))
+    return jnp.broadcast_to(sum(never, jnp.zeros((), dtype)), shape)
+
+
 def _project(arrays: _Arrays) -> Float[Array, "..."]:
     """(tokens, classes, d1, ..., dK) logits in the accumulator's dtype: one matrix product and the bias."""
     *out, features = arrays.linear_weight.shape
@@ -219,7 +232,7 @@ def _total(settings: _Settings, arrays: _Arrays) -> Float[Array, ""]:
         part = arrays._replace(inputs=inputs, targets=targets)
         return total + jnp.sum(_slab_losses(settings, part, _project(part), real)), None
 
-    return lax.scan(slab, jnp.zeros((), accumulator(arrays.inputs[:0]).dtype), _split(settings, arrays))[0]
+    return lax.scan(slab, _zeros((), arrays.inputs), _split(settings, arrays))[0]
 
 
 @_total.defjvp
@@ -227,20 +240,22 @@ def _total_jvp(settings: _Settings, primals: tuple, tangents: tuple) -> tuple[Ar
     (arrays,), (darrays,) = primals, tangents
     total, gradients = _total_and_gradients(settings, arrays)
 
-    tangent = jnp.zeros_like(total)
-    for gradient, direction in zip(gradients, darrays, strict=True):
-        if isinstance(gradient, jax.Array):
-            tangent += jnp.sum(gradient * jnp.asarray(direction, gradient.dtype))
-    return total, tangent
+    def along(names: tuple[str, ...]) -> Float[Array, ""]:
+        pairs = ((getattr(gradients, name), getattr(darrays, name)) for name in names)
+        return sum((jnp.sum(g * jnp.asarray(d, g.dtype)) for g, d in pairs if g is not None), jnp.zeros_like(total))
+
+    # Each shard of the classes knows its part of these gradients; those of the scalars are whole.
+    parts = along(("inputs", "targets", "linear_weight", "linear_bias", "weight"))
+    if settings.class_axis_name is not None:
+        parts = lax.psum(parts, settings.class_axis_name)
+    return total, parts + along(_SCALARS)
 
 
 def _total_and_gradients(settings: _Settings, arrays: _Arrays) -> tuple[Array, _Arrays]:
     """The sum of all losses and its gradients, three matrix products to a slab; None for what has no gradient."""
     soft = jnp.issubdtype(arrays.targets.dtype, jnp.floating)
     shared = {
-        name: value
-        for name, value in arrays._asdict().items()
-        if name in ("weight", "label_smoothing", "z_loss", "logit_softcap") and value is not None
+        name: value for name, value in arrays._asdict().items() if name in ("weight", *_SCALARS) and value is not None
     }
     shared = {name: jnp.asarray(value).astype(accumulator(arrays.inputs[:0]).dtype) for name, value in shared.items()}
     *out, features = arrays.linear_weight.shape
@@ -268,8 +283,12 @@ def _total_and_gradients(settings: _Settings, arrays: _Arrays) -> tuple[Array, _
         )
         return carry, (_dot(half, matrix, ((1,), (0,))), dtargets)
 
-    zeros = partial(jnp.zeros, dtype=accumulator(arrays.inputs[:0]).dtype)
-    start = zeros(()), zeros(matrix.shape), zeros(matrix.shape[0]), jax.tree.map(jnp.zeros_like, shared)
+    start = (
+        _zeros((), arrays.inputs),
+        _zeros(matrix.shape, arrays.inputs, matrix),
+        _zeros(matrix.shape[:1], arrays.inputs, matrix),
+        {name: _zeros(value.shape, arrays.inputs, value) for name, value in shared.items()},
+    )
     (total, dmatrix, dbias, dshared), (dinputs, dtargets) = lax.scan(slab, start, _split(settings, arrays))
 
     def join(x: Array) -> Array:
