@@ -22,8 +22,15 @@ _REDUCTIONS = ("none", "mean", "sum")
 def _array(name: str, argument: str, value: Any) -> Array:
     try:
         return jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: {argument} must be an array, got {type(value).__name__}.") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name}: {argument} must be an array of numbers, got {_kind(value)}.") from error
+    except RuntimeError as error:  # a torch tensor that requires grad
+        raise TypeError(f"{name}: {argument} must be an array, got {_kind(value)}: {error}") from error
+
+
+def _kind(value: Any) -> str:
+    dtype = getattr(value, "dtype", None)
+    return type(value).__name__ + ("" if dtype is None else f" of {dtype}")
 
 
 def floating_array(name: str, argument: str, value: Any) -> Array:
@@ -37,7 +44,10 @@ def floating_array(name: str, argument: str, value: Any) -> Array:
 
 def floating_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
     """A real floating dtype, as this JAX configuration has it."""
-    canonical = jax.dtypes.canonicalize_dtype(dtype)
+    try:
+        canonical = jax.dtypes.canonicalize_dtype(dtype)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: dtype must be a floating dtype, got {dtype!r}.") from error
     if not jnp.issubdtype(canonical, jnp.floating):
         raise TypeError(f"{name}: dtype must be floating, got {canonical}.")
     return canonical
@@ -68,10 +78,7 @@ def promote(*dtypes: DTypeLike) -> jnp.dtype:
 
 def axis(name: str, axis: Any, ndim: int) -> int:
     """The axis counted from the front."""
-    try:
-        axis = operator.index(axis)
-    except TypeError as error:
-        raise TypeError(f"{name}: axis must be an integer, got {type(axis).__name__}.") from error
+    axis = integer(name, "axis", axis)
     bound = max(ndim, 1)
     if not -bound <= axis < bound:
         raise IndexError(f"{name}: axis out of range (expected to be in [{-bound}, {bound - 1}], got {axis}).")
@@ -80,7 +87,7 @@ def axis(name: str, axis: Any, ndim: int) -> int:
 
 def reduction(name: str, reduction: Any, allowed: tuple[str, ...] = _REDUCTIONS) -> Any:
     """One of the names of `allowed`."""
-    if reduction not in allowed:
+    if not isinstance(reduction, str) or reduction not in allowed:
         raise ValueError(f"{name}: reduction must be one of {', '.join(map(repr, allowed))}, got {reduction!r}.")
     return reduction
 
@@ -88,12 +95,14 @@ def reduction(name: str, reduction: Any, allowed: tuple[str, ...] = _REDUCTIONS)
 def fraction(name: str, argument: str, value: Any, upper: float) -> Any:
     """A scalar in [0, upper]; None for a concrete 0, which switches the option off. A tracer's value is not known."""
     if isinstance(value, jax.core.Tracer):
-        if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
-            raise TypeError(f"{name}: {argument} must be a floating scalar, got {value.dtype}{list(value.shape)}.")
+        if value.shape or not jnp.issubdtype(value.dtype, np.number):
+            raise TypeError(f"{name}: {argument} must be a scalar, got {value.dtype}{list(value.shape)}.")
         return value
+    if isinstance(value, str | bool):
+        raise TypeError(f"{name}: {argument} must be a number, got {value!r}.")
     try:
         number = float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name}: {argument} must be a number, got {value!r}.") from error
     if not (0 <= number <= upper and math.isfinite(number)):
         bounds = f"between 0 and {upper:g}" if math.isfinite(upper) else "finite and at least 0"
@@ -117,9 +126,16 @@ def targets(
     name: str, targets: Any, logits: Shaped, axis: int, ignore_index: int, class_axis_name: str | None
 ) -> Array:
     """Class probabilities if the shape is that of the logits, else class indices."""
-    if np.shape(targets) == logits.shape and logits.ndim:
+    if _shape(targets) == logits.shape and logits.ndim:
         return _probability_targets(name, targets, ignore_index)
     return index_targets(name, targets, logits, "logits", axis, ignore_index, bounded=class_axis_name is None)
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    try:
+        return np.shape(value)
+    except ValueError:  # a ragged sequence
+        return None
 
 
 def _probability_targets(name: str, targets: Any, ignore_index: int) -> Array:
@@ -137,6 +153,8 @@ def _probability_targets(name: str, targets: Any, ignore_index: int) -> Array:
 
 def integer(name: str, argument: str, value: Any) -> int:
     """A Python integer."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: {argument} must be an integer, got {value}.")
     try:
         return operator.index(value)
     except TypeError as error:
@@ -148,10 +166,13 @@ def index_targets(
 ) -> Array:
     """Class indices as int32, in the shape of `values` without `axis`; in range if they are concrete and `bounded`."""
     limit = np.iinfo(np.int32)
-    if not limit.min <= integer(name, "ignore_index", ignore_index) < limit.max:
+    if not limit.min < integer(name, "ignore_index", ignore_index) < limit.max:
         raise ValueError(f"{name}: ignore_index must fit in int32, got {ignore_index}.")
     if not isinstance(targets, jax.Array | np.ndarray):
-        targets = np.asarray(targets)
+        try:
+            targets = np.asarray(targets)
+        except ValueError as error:
+            raise TypeError(f"{name}: targets must be an array of integers, got a ragged sequence.") from error
     _index_dtype(name, targets.dtype, values, argument)
     rows = _index_shape(name, targets.shape, values.shape, argument, axis)
     if bounded:
@@ -205,7 +226,7 @@ def broadcastable(name: str, *shapes: tuple[int, ...]) -> None:
         np.broadcast_shapes(*shapes)
     except ValueError as error:
         raise ValueError(
-            f"{name}: log_probs and targets must have equal shapes, got {shapes[0]} and {shapes[1]}."
+            f"{name}: log_probs and targets must have shapes that broadcast, got {shapes[0]} and {shapes[1]}."
         ) from error
 
 
@@ -240,9 +261,9 @@ def linear_targets(
     class_axis_name: str | None,
 ) -> tuple[Array, int]:
     """Targets for logits that are never made, and the index to ignore: with probabilities, none may be given."""
-    if np.shape(value) == logits.shape and ignore_index is not None:
+    if _shape(value) == logits.shape and ignore_index is not None:
         raise ValueError(f"{name}: ignore_index applies to class indices, got {ignore_index} with probability targets.")
-    ignore_index = -100 if ignore_index is None else ignore_index
+    ignore_index = -100 if ignore_index is None else integer(name, "ignore_index", ignore_index)
     return targets(name, value, logits, axis, ignore_index, class_axis_name), ignore_index
 
 

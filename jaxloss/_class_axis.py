@@ -77,14 +77,21 @@ def _pick(axis: ClassAxis, x: Float[Array, "..."], targets: Integer[Array, "..."
 def _pick_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     x, targets = primals
     # The transpose of a masked sum is one elementwise select; that of a gather is a scatter. The mask is not kept.
-    masked = jax.checkpoint(_pick_masked, prevent_cse=False, static_argnums=0)
-    return _pick(axis, x, targets), masked(axis, tangents[0], targets)
+    tangent = jax.checkpoint(_pick_tangent, prevent_cse=False, static_argnums=0)
+    return _pick(axis, x, targets), tangent(axis, tangents[0], targets)
+
+
+def _pick_tangent(axis: ClassAxis, dx: Float[Array, "..."], targets: Integer[Array, "..."]) -> Float[Array, "..."]:
+    """The tangent at the target; a target that is no class takes the whole row, so that its NaN reaches all of it."""
+    wrong = axis.expand((targets < 0) | (targets >= axis.size(dx)))
+    return axis.sum(jnp.where(axis.is_target(dx, targets) | wrong, dx, 0))
 
 
 def _pick_masked(axis: ClassAxis, x: Float[Array, "..."], targets: Integer[Array, "..."]) -> Float[Array, "..."]:
     return axis.sum(jnp.where(axis.is_target(x, targets), x, 0))
 
 
-def is_split(x: Array, position: int) -> bool:
-    """Whether an explicit mesh axis splits this array axis (Auto meshes do not say so while tracing)."""
-    return jax.typeof(x).sharding.spec[position] is not None
+def is_split(x: Array, position: int | None = None) -> bool:
+    """Whether an explicit mesh axis splits this array axis, or any (Auto meshes do not say so while tracing)."""
+    spec = jax.typeof(x).sharding.spec
+    return any(name is not None for name in (spec if position is None else spec[position : position + 1]))

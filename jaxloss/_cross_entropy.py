@@ -5,6 +5,7 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num
 
@@ -84,6 +85,8 @@ def cross_entropy(
         count = jnp.sum(targets != -100)
         mean = lax.psum(loss, "data") / lax.psum(count, "data")
 
+    With `shard_map(check_vma=False)` take gradients outside of it: inside, JAX multiplies them by the shards' number.
+
     Examples:
         >>> import jax, jax.numpy as jnp, jaxloss
         >>> logits = jnp.array([[10.0, 3.0, 1.0], [-1.0, 0.0, -4.0]])
@@ -106,7 +109,7 @@ def cross_entropy(
         _checks.weight(name, weight, logits.shape[axis]),
         _checks.fraction(name, "label_smoothing", label_smoothing, upper=1.0),
         _checks.fraction(name, "z_loss", z_loss, upper=float("inf")),
-        ignore_index=ignore_index,
+        ignore_index=int(ignore_index),
         reduction=_checks.reduction(name, reduction),
         axis=ClassAxis(axis, class_axis_name),
         dtype=_checks.result_dtype(name, dtype, logits, targets),
@@ -126,7 +129,9 @@ def _cross_entropy(
     axis: ClassAxis,
     dtype: jnp.dtype,
 ) -> Float[Array, "..."]:
+    targets, weight = _as_split(axis, logits, targets, weight)
     values = logits.astype(_checks.promote(accumulator(logits).dtype, dtype))
+    label_smoothing, z_loss = (None if x is None else jnp.asarray(x, values.dtype) for x in (label_smoothing, z_loss))
     options = (weight, label_smoothing, z_loss)
     if jnp.issubdtype(targets.dtype, jnp.floating):
         losses = _probability_losses(axis, values, targets.astype(values.dtype), *options)
@@ -134,6 +139,19 @@ def _cross_entropy(
         row_weights = jnp.full_like(losses, min(logits.shape[axis.position], 1))
         return reduce_rows(losses, row_weights, reduction).astype(dtype)
     return _index_loss(axis, values, targets, *options, ignore_index, reduction).astype(dtype)
+
+
+def _as_split(axis: ClassAxis, logits: Array, targets: Array, weight: Array | None) -> tuple[Array, Array | None]:
+    """Targets and weight on the logits' own explicit mesh axes, without which elementwise arithmetic is ambiguous."""
+    spec = list(jax.typeof(logits).sharding.spec)
+    by_class = spec[axis.position : axis.position + 1]
+    rows = spec if targets.ndim == logits.ndim else spec[: axis.position] + spec[axis.position + 1 :]
+
+    def place(x: Array, wanted: list) -> Array:
+        same = list(jax.typeof(x).sharding.spec) == wanted
+        return x if same else jax.sharding.reshard(x, jax.sharding.PartitionSpec(*wanted))
+
+    return place(targets, rows), None if weight is None else place(weight, by_class)
 
 
 def losses_of_rows(
@@ -202,14 +220,18 @@ def _weighted_sum(
     return axis.sum(class_weights * relative)
 
 
-@_weighted_sum.defjvp
+@partial(_weighted_sum.defjvp, symbolic_zeros=True)
 def _weighted_sum_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     class_weights, relative, kept = primals
     dweights, drelative, _ = tangents
-    # Only the weights' gradient reads the logits: NaN in an ignored row stops here, at no cost to anyone else.
-    shown = jnp.where(axis.expand(kept), relative, 0)
-    tangent = axis.sum(class_weights * drelative) + axis.sum(dweights * shown)
-    return _weighted_sum(axis, class_weights, relative, kept), tangent
+    total = _weighted_sum(axis, class_weights, relative, kept)
+    tangent = jnp.zeros_like(total)
+    if not isinstance(drelative, SymbolicZero):
+        tangent += axis.sum(class_weights * drelative)
+    if not isinstance(dweights, SymbolicZero):
+        # Only the weights' gradient reads the logits: NaN in an ignored row stops here, at no cost to anyone else.
+        tangent += axis.sum(dweights * jnp.where(axis.expand(kept), relative, 0))
+    return total, tangent
 
 
 def along_classes(axis: ClassAxis, weight: Num[Array, " classes"], logits: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -206,7 +206,10 @@ def _slab_losses(settings: _Settings, arrays: _Arrays, logits: Float[Array, "...
     """The losses (tokens, d1, ..., dK) of a slab, 0 for padding."""
     if arrays.logit_softcap is not None:
         logits = arrays.logit_softcap * jnp.tanh(logits / arrays.logit_softcap)
-    options = arrays.weight, arrays.label_smoothing, arrays.z_loss
+    smoothing, z_loss = (
+        None if x is None else jnp.asarray(x, logits.dtype) for x in (arrays.label_smoothing, arrays.z_loss)
+    )
+    options = arrays.weight, smoothing, z_loss
     axis = ClassAxis(1, settings.class_axis_name)
     losses = losses_of_rows(axis, logits, arrays.targets, *options, settings.ignore_index)
     return jnp.where(real.reshape(-1, *[1] * (losses.ndim - 1)), losses, 0)

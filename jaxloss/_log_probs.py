@@ -8,10 +8,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxloss._class_axis import ClassAxis
-from jaxloss._log_softmax import apart, is_likely, log_normalizer
+from jaxloss._log_softmax import apart, is_likely, less_one, log_normalizer
 
 
 def target_log_prob(
@@ -124,9 +125,10 @@ def _weigh_log_probs(
     return sums
 
 
-@expected_log_prob.defjvp
+@partial(expected_log_prob.defjvp, symbolic_zeros=True)
 def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     logits, top, masses = primals
+    dlogits, dmasses = (None if isinstance(d, SymbolicZero) else d for d in (tangents[0], tangents[2]))
     _, normalizer = expected_log_prob(axis, *primals)
 
     @partial(jax.checkpoint, prevent_cse=False)  # the residuals are the logits and the masses
@@ -134,15 +136,19 @@ def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> 
         logits: Float[Array, "..."],
         masses: Float[Array, "..."],
         normalizer: Float[Array, "..."],
-        dlogits: Float[Array, "..."],
-        dmasses: Float[Array, "..."],
+        dlogits: Float[Array, "..."] | None,
+        dmasses: Float[Array, "..."] | None,
     ) -> tuple[Array, Array]:
+        dlog_prob = dnormalizer = jnp.zeros_like(normalizer)
+        if dmasses is not None:
+            dlog_prob += _weigh_log_probs(axis, logits, top, dmasses, normalizer)
+        if dlogits is None:
+            return dlog_prob, dnormalizer
         probs = jnp.exp(logits - axis.expand(top)) * axis.expand(jnp.exp(-normalizer))
         total = axis.expand(axis.sum(masses))
-        at_likely = (masses - total) - total * axis.expand(jnp.expm1(-normalizer))  # 1 - p without its cancellation
+        at_likely = (masses - total) - total * less_one(axis, probs, normalizer)
         coefficient = jnp.where(is_likely(probs), at_likely, masses - total * probs)
-        dlog_prob = axis.sum(coefficient * dlogits) + _weigh_log_probs(axis, logits, top, dmasses, normalizer)
-        return dlog_prob, axis.sum(probs * dlogits)
+        return dlog_prob + axis.sum(coefficient * dlogits), axis.sum(probs * dlogits)
 
     log_prob = _weigh_log_probs(axis, logits, top, masses, normalizer)
-    return (log_prob, normalizer), tangent(logits, masses, normalizer, tangents[0], tangents[2])
+    return (log_prob, normalizer), tangent(logits, masses, normalizer, dlogits, dmasses)

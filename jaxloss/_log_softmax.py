@@ -85,6 +85,12 @@ def is_likely(probs: Float[Array, "..."]) -> Bool[Array, "..."]:
     return lax.stop_gradient(probs) > 2 / 3
 
 
+def less_one(axis: ClassAxis, probs: Float[Array, "..."], normalizer: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Probabilities less 1, without the cancellation at the maximum and wrong elsewhere; derivatives as of `probs`."""
+    at_maximum = axis.expand(jnp.expm1(-lax.stop_gradient(normalizer)))
+    return at_maximum + (probs - lax.stop_gradient(probs))
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _log_softmax_core(axis: ClassAxis, logits: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Log-probabilities, and each row's log Σ exp(logits - max)."""
@@ -106,7 +112,7 @@ def _log_softmax_core_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> t
         probs = jnp.exp(log_probs)
         likely = is_likely(probs)
         without_likely = jax.jit(lambda d: d - axis.expand(axis.sum(jnp.where(likely, d, 0))))(dlogits)
-        coefficient = jnp.where(likely, axis.expand(jnp.expm1(-normalizer)), probs)
+        coefficient = jnp.where(likely, less_one(axis, probs, normalizer), probs)
         return without_likely - axis.expand(axis.sum(coefficient * dlogits)), axis.sum(probs * dlogits)
 
     return (log_probs, normalizer), tangent(log_probs, normalizer, tangents[0])

@@ -5,6 +5,7 @@ from typing import Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num
 
 from jaxloss import _checks
@@ -68,7 +69,12 @@ def nll_loss(
     targets = _checks.index_targets(name, targets, log_probs, "log_probs", axis, ignore_index)
     weight = _checks.weight(name, weight, log_probs.shape[axis])
     return _nll_loss(
-        log_probs, targets, weight, ignore_index=ignore_index, reduction=_checks.reduction(name, reduction), axis=axis
+        log_probs,
+        targets,
+        weight,
+        ignore_index=int(ignore_index),
+        reduction=_checks.reduction(name, reduction),
+        axis=axis,
     )
 
 
@@ -105,20 +111,21 @@ def weigh_rows(
     kept = targets != ignore_index
     valid = (targets >= 0) & (targets < classes)
     weights = jnp.ones_like(targets, dtype) if weight is None else _weight_at(axis, weight, targets, dtype)
-    return kept, jnp.where(kept, jnp.where(valid, weights, jnp.nan), 0)
+    return kept, jnp.where(kept, weights * jnp.where(kept & ~valid, jnp.nan, 1), 0)
 
 
 def _weight_at(
     axis: ClassAxis, weight: Num[Array, " classes"], targets: Integer[Array, "..."], dtype: jnp.dtype
 ) -> Float[Array, "..."]:
-    if is_split(weight, 0):
-        weight = jax.sharding.reshard(weight, jax.sharding.PartitionSpec(None))
-    spec = jax.typeof(targets).sharding.spec
+    weight = weight.astype(dtype)
+    if weight.size == 0:
+        return jnp.full(targets.shape, jnp.nan, dtype)
+    if is_split(weight) or is_split(targets):  # a gather across explicit mesh axes is ambiguous, more so under vmap
+        chosen = lax.broadcasted_iota(targets.dtype, (*targets.shape, weight.size), targets.ndim) == targets[..., None]
+        return jnp.sum(jnp.where(chosen, weight, 0), -1)
     local = axis.local(targets, weight.size)
-    values = weight.at[jnp.clip(local, 0, weight.size - 1)].get(
-        mode="promise_in_bounds", out_sharding=spec if any(name is not None for name in spec) else None
-    )
-    return axis.from_owner(values.astype(dtype), local, weight.size)
+    values = weight.at[jnp.clip(local, 0, weight.size - 1)].get(mode="promise_in_bounds")
+    return axis.from_owner(values, local, weight.size)
 
 
 def reduce_rows(losses: Float[Array, "..."], row_weights: Float[Array, "..."], reduction: Reduction) -> Array:

@@ -33,10 +33,11 @@ def make_inputs(target_kind: str) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def loss_of(options: dict, **extra):
     """`(logits, targets, weight) -> loss, (gradients to logits and weight)`."""
+    weighted = options.get("weight", False)
     options = {k: v for k, v in options.items() if k != "weight"} | extra
 
     def loss(logits, targets, weight):
-        return jaxloss.cross_entropy(logits, targets, weight=weight, **options)
+        return jaxloss.cross_entropy(logits, targets, weight=weight if weighted else None, **options)
 
     return jax.value_and_grad(loss, argnums=(0, 2))
 
@@ -61,7 +62,6 @@ def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_logits_give_the_single_device_result(split, kind, target_kind, case):
     logits, targets, weight = make_inputs(target_kind)
-    weight = weight if CASES[case].get("weight") else jnp.ones_like(weight)
     function = loss_of(CASES[case])
     expected = jax.jit(function)(logits, targets, weight)
 
@@ -104,7 +104,7 @@ def test_class_axis_name_in_shard_map_gives_the_single_device_result(target_kind
             lambda *shards: jaxloss.cross_entropy(
                 shards[0],
                 shards[1],
-                weight=shards[2],
+                weight=shards[2] if CASES[case].get("weight") else None,
                 reduction=reduction,
                 class_axis_name="x",
                 **{k: v for k, v in CASES[case].items() if k != "weight"},
@@ -186,3 +186,32 @@ def test_optax_raises_on_classes_split_over_an_explicit_mesh_axis():
         targets = jnp.maximum(targets, 0)
         with pytest.raises(Exception, match="sharding"):
             jax.jit(optax.softmax_cross_entropy_with_integer_labels)(split, targets)
+
+
+@pytest.mark.parametrize("target_kind", ["index", "probability"])
+@pytest.mark.parametrize("logits_spec", [P("d", "m"), P("d", None), P(None, "m")], ids=str)
+@pytest.mark.parametrize("split_targets", [False, True], ids=["whole targets", "split targets"])
+def test_targets_and_weight_may_be_split_otherwise_than_the_logits(target_kind, logits_spec, split_targets):
+    logits, targets, weight = make_inputs(target_kind)
+    function = loss_of(CASES["all"])
+    expected = jax.jit(function)(logits, targets, weight)
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        target_spec = P("d", *[None] * (targets.ndim - 1)) if split_targets else P()
+        arrays = (
+            jax.device_put(logits, NamedSharding(mesh, logits_spec)),
+            jax.device_put(targets, NamedSharding(mesh, target_spec)),
+            jax.device_put(weight, NamedSharding(mesh, P("m") if split_targets else P())),
+        )
+        assert_trees_close(jax.device_get(jax.jit(function)(*arrays)), jax.device_get(expected))
+
+
+def test_vmap_of_weighted_rows_on_an_explicit_mesh():
+    logits, targets, weight = make_inputs("index")
+    function = jax.vmap(lambda z, t: jaxloss.cross_entropy(z[None], t[None], weight=weight, reduction="sum"))
+    expected = function(logits, targets)
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(logits, NamedSharding(mesh, P("x", None)))
+        split = jax.device_put(targets, NamedSharding(mesh, P("x")))
+        np.testing.assert_allclose(jax.device_get(jax.jit(function)(rows, split)), expected, rtol=2e-6)

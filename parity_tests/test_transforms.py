@@ -18,10 +18,10 @@ ROWS, CLASSES = 5, 7
 KINDS = ["cross_entropy index", "cross_entropy probability", "nll_loss", "kl_div", "log_softmax"]
 
 
-def make_loss(kind: str) -> tuple[Callable, tuple]:
-    """A scalar loss of floating arguments (all differentiable) and arguments for it."""
+def make_loss(kind: str, scale: float = 1.0) -> tuple[Callable, tuple]:
+    """A scalar loss of floating arguments (all differentiable) and arguments for it; scale 4 makes confident rows."""
     rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.normal(size=(ROWS, CLASSES)))
+    logits = jnp.asarray(scale * rng.normal(size=(ROWS, CLASSES)))
     probabilities = jnp.asarray(rng.dirichlet(np.full(CLASSES, 10), ROWS), logits.dtype)
     weight = jnp.asarray(rng.uniform(0.5, 2, CLASSES), logits.dtype)
     targets = jnp.array([0, 6, -100, 3, 3])
@@ -55,9 +55,10 @@ def close(ours, theirs, rtol=2e-5, atol=1e-6):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=atol), ours, theirs)
 
 
+@pytest.mark.parametrize("scale", [1.0, 4.0], ids=["plain", "confident"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_derivatives_of_both_modes_match_finite_differences(kind, x64):
-    loss, arguments = make_loss(kind)
+def test_derivatives_of_both_modes_match_finite_differences(kind, scale, x64):
+    loss, arguments = make_loss(kind, scale)
     tolerance = 1e-5  # the error of the finite differences
     check_grads(loss, arguments, order=2, modes=("fwd", "rev"), atol=tolerance, rtol=tolerance)
 
@@ -156,6 +157,65 @@ def test_traced_options_equal_concrete_ones_and_never_recompile(name):
     for value in (0.0, 0.1, 0.7):
         close(step(value), jaxloss.cross_entropy(logits, targets, **{name: value}))
     assert step._cache_size() == 1
+
+
+def plain_probability_loss(logits, probabilities):
+    return -jnp.mean(jnp.sum(probabilities * jax.nn.log_softmax(logits), -1))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["log_softmax", "cross_entropy probability", "cross_entropy index"])
+def test_derivatives_of_confident_rows_match_the_formula(kind, order, x64):
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(6 * rng.normal(size=(3, 4)))
+    assert np.sum(np.asarray(jax.nn.softmax(logits)).max(-1) > 2 / 3) >= 2
+    mix, soft = jnp.asarray(rng.normal(size=(3, 4))), jnp.asarray(rng.dirichlet(np.ones(4), 3))
+    index = jnp.argmax(logits, -1)
+    ours, formula = {
+        "log_softmax": (
+            lambda z: jnp.sum(mix * jaxloss.log_softmax(z)),
+            lambda z: jnp.sum(mix * jax.nn.log_softmax(z)),
+        ),
+        "cross_entropy probability": (
+            lambda z: jaxloss.cross_entropy(z, soft),
+            lambda z: plain_probability_loss(z, soft),
+        ),
+        "cross_entropy index": (
+            lambda z: jaxloss.cross_entropy(z, index),
+            lambda z: plain_probability_loss(z, jax.nn.one_hot(index, 4)),
+        ),
+    }[kind]
+    for _ in range(order):
+        ours, formula = jax.jacfwd(ours), jax.jacrev(formula)
+    close(jax.jit(ours)(logits), jax.jit(formula)(logits), rtol=1e-9, atol=1e-14)
+
+
+def kept_bytes(loss: Callable, *arguments: jax.Array) -> int:
+    """Bytes that reverse mode with respect to the first argument keeps between the passes, that argument included."""
+    kept = jax.jit(lambda *args: jax.vjp(loss, *args)[1]).eval_shape(*arguments)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "arrays"),
+    [
+        (jnp.float32, {}, 1),
+        (jnp.bfloat16, {}, 1),
+        (jnp.float32, {"label_smoothing": 0.1, "z_loss": 0.1}, 1),
+        (jnp.float32, {"label_smoothing": 0.1, "weight": np.ones(512, np.float32)}, 1),
+    ],
+    ids=["plain", "bfloat16", "smoothing", "weight"],
+)
+def test_index_targets_keep_one_float32_array_of_the_size_of_the_logits(dtype, options, arrays):
+    logits, targets = jnp.ones((64, 512), dtype), jnp.zeros(64, jnp.int32)
+    kept = kept_bytes(lambda z: jaxloss.cross_entropy(z, targets, **options), logits)
+    assert kept <= arrays * 4 * logits.size + 64 * 100 + 512 * 8
+
+
+def test_probability_targets_keep_the_logits_and_the_targets():
+    logits, targets = jnp.ones((64, 512)), jnp.full((64, 512), 1 / 512)
+    kept = kept_bytes(lambda z: jaxloss.cross_entropy(z, targets), logits)
+    assert kept <= 2 * 4 * logits.size + 64 * 100
 
 
 def test_cross_entropy_keeps_no_second_array_of_the_size_of_the_logits():

@@ -48,9 +48,11 @@ def test_wrong_target_under_jit_is_nan_in_its_row_and_gradient(loss, wrong):
     losses = jax.jit(lambda z, t: loss(z, t, reduction="none"))(LOGITS, targets)
     assert np.isnan(losses).tolist() == [False, True, False, False]
     gradient = jax.jit(jax.grad(lambda z, t: loss(z, t, reduction="sum")))(LOGITS, targets)
-    if loss is jaxloss.cross_entropy:
-        assert np.isnan(gradient).all(axis=1).tolist() == [False, True, False, False]
+    assert np.isnan(gradient).all(axis=1).tolist() == [False, True, False, False]
+    assert np.isnan(gradient).any(axis=1).tolist() == [False, True, False, False]
     np.testing.assert_array_equal(gradient[2], 0)
+    weight_gradient = jax.jit(jax.grad(lambda w, t: loss(LOGITS, t, weight=w, reduction="sum")))(jnp.ones(5), targets)
+    assert np.isnan(weight_gradient).any()
 
 
 @WRONG
