@@ -91,7 +91,11 @@ def _pick_masked(axis: ClassAxis, x: Float[Array, "..."], targets: Integer[Array
     return axis.sum(jnp.where(axis.is_target(x, targets), x, 0))
 
 
-def is_split(x: Array, position: int | None = None) -> bool:
-    """Whether an explicit mesh axis splits this array axis, or any (Auto meshes do not say so while tracing)."""
-    spec = jax.typeof(x).sharding.spec
-    return any(name is not None for name in (spec if position is None else spec[position : position + 1]))
+def is_split(x: Array, position: int) -> bool:
+    """Whether an explicit mesh axis splits this array axis (Auto meshes do not say so while tracing)."""
+    return jax.typeof(x).sharding.spec[position] is not None
+
+
+def on_explicit_mesh(x: Array) -> bool:
+    """Whether the array lives on a mesh with an explicit axis, even one that `vmap` hides."""
+    return jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types

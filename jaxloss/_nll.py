@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num
 
 from jaxloss import _checks
 from jaxloss._checked_targets import checked_targets
-from jaxloss._class_axis import ClassAxis, is_split
+from jaxloss._class_axis import ClassAxis, on_explicit_mesh
 from jaxloss._log_softmax import accumulator
 
 Reduction = Literal["none", "mean", "sum"]
@@ -120,7 +120,7 @@ def _weight_at(
     weight = weight.astype(dtype)
     if weight.size == 0:
         return jnp.full(targets.shape, jnp.nan, dtype)
-    if is_split(weight) or is_split(targets):  # a gather across explicit mesh axes is ambiguous, more so under vmap
+    if on_explicit_mesh(weight) or on_explicit_mesh(targets):  # a gather is ambiguous there, more so under vmap
         chosen = lax.broadcasted_iota(targets.dtype, (*targets.shape, weight.size), targets.ndim) == targets[..., None]
         return jnp.sum(jnp.where(chosen, weight, 0), -1)
     local = axis.local(targets, weight.size)
