@@ -54,16 +54,21 @@ class ClassAxis(NamedTuple):
         index = lax.broadcasted_iota(targets.dtype, x.shape, self.position)
         return index == self.expand(self.local(targets, x.shape[self.position]))
 
-    def pick(self, x: Float[Array, "..."], targets: Integer[Array, "..."]) -> Float[Array, "..."]:
-        """The entry of `x` at each row's target; unspecified where a target is out of range."""
-        return _pick(self, x, targets)
+    def pick(
+        self, x: Float[Array, "..."], targets: Integer[Array, "..."], *, spread: bool = False
+    ) -> Float[Array, "..."]:
+        """The entry of `x` at each row's target; unspecified where a target is out of range.
+
+        `spread` makes such a target's derivative the sum over its row, so that a NaN that multiplies it reaches all.
+        """
+        return _pick(self, spread, x, targets)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _pick(axis: ClassAxis, x: Float[Array, "..."], targets: Integer[Array, "..."]) -> Float[Array, "..."]:
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _pick(axis: ClassAxis, spread: bool, x: Float[Array, "..."], targets: Integer[Array, "..."]) -> Float[Array, "..."]:
     # A gather is free on CPU where a masked sum over the classes is not, but it cannot cross an explicit mesh axis.
     if is_split(x, axis.position):
-        return _pick_masked(axis, x, targets)
+        return _pick_masked(axis, False, x, targets)
     classes = x.shape[axis.position]
     if classes == 0:
         return jnp.full(targets.shape, jnp.nan, x.dtype)
@@ -74,21 +79,20 @@ def _pick(axis: ClassAxis, x: Float[Array, "..."], targets: Integer[Array, "..."
 
 
 @_pick.defjvp
-def _pick_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _pick_jvp(axis: ClassAxis, spread: bool, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     x, targets = primals
     # The transpose of a masked sum is one elementwise select; that of a gather is a scatter. The mask is not kept.
-    tangent = jax.checkpoint(_pick_tangent, prevent_cse=False, static_argnums=0)
-    return _pick(axis, x, targets), tangent(axis, tangents[0], targets)
+    masked = jax.checkpoint(_pick_masked, prevent_cse=False, static_argnums=(0, 1))
+    return _pick(axis, spread, x, targets), masked(axis, spread, tangents[0], targets)
 
 
-def _pick_tangent(axis: ClassAxis, dx: Float[Array, "..."], targets: Integer[Array, "..."]) -> Float[Array, "..."]:
-    """The tangent at the target; a target that is no class takes the whole row, so that its NaN reaches all of it."""
-    wrong = axis.expand((targets < 0) | (targets >= axis.size(dx)))
-    return axis.sum(jnp.where(axis.is_target(dx, targets) | wrong, dx, 0))
-
-
-def _pick_masked(axis: ClassAxis, x: Float[Array, "..."], targets: Integer[Array, "..."]) -> Float[Array, "..."]:
-    return axis.sum(jnp.where(axis.is_target(x, targets), x, 0))
+def _pick_masked(
+    axis: ClassAxis, spread: bool, x: Float[Array, "..."], targets: Integer[Array, "..."]
+) -> Float[Array, "..."]:
+    mask = axis.is_target(x, targets)
+    if spread:
+        mask |= axis.expand((targets < 0) | (targets >= axis.size(x)))
+    return axis.sum(jnp.where(mask, x, 0))
 
 
 def is_split(x: Array, position: int) -> bool:

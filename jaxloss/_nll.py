@@ -91,7 +91,7 @@ def _nll_loss(
     class_axis = ClassAxis(axis)
     values = accumulator(log_probs)
     kept, row_weights = weigh_rows(class_axis, class_axis.size(values), targets, weight, ignore_index, values.dtype)
-    losses = jnp.where(kept, -row_weights * class_axis.pick(values, targets), 0)
+    losses = jnp.where(kept, -row_weights * class_axis.pick(values, targets, spread=True), 0)
     return reduce_rows(losses, row_weights, reduction).astype(log_probs.dtype)
 
 
