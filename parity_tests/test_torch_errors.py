@@ -159,7 +159,7 @@ ROWS = {
                 RuntimeError,
                 "The size of tensor a (4) must match the size of tensor b (3) at non-singleton dimension 1",
             ),
-            (ValueError, ("equal shapes", "(2, 3)", "(2, 4)")),
+            (ValueError, ("shapes that broadcast", "(2, 3)", "(2, 4)")),
         )
     },
     "kl_div integer targets": {
