@@ -86,7 +86,7 @@ def _others(
     kept: Bool[Array, "..."],
 ) -> Float[Array, "..."]:
     """exp(logits - top), 0 at the target."""
-    return jnp.where(axis.is_target(logits, targets), 0, jnp.exp(logits - axis.expand(top)))
+    return axis.without_target(jnp.exp(logits - axis.expand(top)), targets)
 
 
 @_others.defjvp
