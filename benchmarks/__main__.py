@@ -1,9 +1,10 @@
 """`python -m benchmarks`: cross entropy's value and gradient against optax and PyTorch, in one interleaved run.
 
-Only ratios of medians from one run mean anything: the calls alternate in random order, every result is waited for and
-freed before the next call, and the answers are compared before anything is timed. Whether a large result gets fresh
-pages is pinned, for everyone alike: glibc decides it by the history of calls, and at 32 MB that doubles any figure. Needs
-the extra `test`.
+Only ratios of medians from one run mean anything: the implementations take turns in random order, every result is
+waited for and freed before the next call, and the answers are compared before anything is timed. Two things would carry
+from one turn into the next, and are kept from it for everyone alike. Whether a large result gets fresh pages is pinned:
+glibc decides it by the history of calls, and at 32 MB that doubles any figure. And OpenMP's threads spin on after
+PyTorch's call and take a core from whoever comes next, so a turn starts with untimed calls. Needs the extra `test`.
 """
 
 import json
@@ -33,6 +34,7 @@ import jaxloss
 
 SHAPES = [(128, 10), (8192, 10), (1024, 1000), (256, 32000), (1024, 32768)]
 OURS = "jaxloss"
+WARM_UP, CALLS = 0.02, 5  # a turn: seconds of untimed calls, then so many timed ones
 # Fresh pages for every array from 16 MiB on, as glibc has it by default from 32 MiB on, and for none below.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(16 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
@@ -41,8 +43,8 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(16 * 2**20), "MALLOC_TRIM_THRESHOLD_": s
 class Options:
     """Time value_and_grad of the mean cross entropy of float32 logits with integer labels."""
 
-    repeats: int = 101
-    """Timed calls of each implementation and shape (a fifth of that from 10 million logits on)."""
+    turns: int = 40
+    """Turns of each implementation and shape (a fifth of that from 8 million logits on), of five timed calls each."""
     json: Path | None = None
     """Also write the medians here."""
 
@@ -67,18 +69,21 @@ def implementations(logits: np.ndarray, labels: np.ndarray) -> dict[str, Callabl
     return {OURS: jitted(jaxloss.cross_entropy), "optax": jitted(optax_loss), "PyTorch eager": torch_step}
 
 
-def medians(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+def medians(calls: dict[str, Callable[[], Any]], turns: int) -> dict[str, dict[str, float]]:
     """Median and quartiles in milliseconds of each call, all interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
-    for repeat in range(repeats + 3):
+    for _ in range(turns):
         random.shuffle(order)
         for name in order:
-            start = time.perf_counter()
-            result = calls[name]()
-            elapsed = time.perf_counter() - start
-            del result
-            if repeat >= 3:  # the first ones warm up
+            until = time.perf_counter() + WARM_UP
+            while time.perf_counter() < until:
+                calls[name]()
+            for _ in range(CALLS):
+                start = time.perf_counter()
+                result = calls[name]()
+                elapsed = time.perf_counter() - start
+                del result
                 seconds[name].append(1e3 * elapsed)
     return {
         name: dict(zip(("q1", "median", "q3"), statistics.quantiles(times, n=4), strict=True))
@@ -86,7 +91,7 @@ def medians(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict
     }
 
 
-def measure(shape: tuple[int, int], confident: bool, repeats: int) -> dict[str, Any]:
+def measure(shape: tuple[int, int], confident: bool, turns: int) -> dict[str, Any]:
     """One row of the table: the same random case for every implementation, checked before it is timed."""
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=shape).astype(np.float32), rng.integers(0, shape[1], shape[0]).astype(np.int32)
@@ -97,7 +102,7 @@ def measure(shape: tuple[int, int], confident: bool, repeats: int) -> dict[str, 
     for name in (OURS, "optax"):
         for ours, theirs in zip(calls[name](), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7, err_msg=name)
-    few = repeats if np.prod(shape) < 10_000_000 else max(repeats // 5, 5)
+    few = turns if np.prod(shape) < 8_000_000 else max(turns // 5, 1)
     return {"shape": list(shape), "one confident row": confident, "milliseconds": medians(calls, few)}
 
 
@@ -119,7 +124,7 @@ def main() -> None:
     if not MALLOC.items() <= os.environ.items():  # glibc reads them when the process starts
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], os.environ | MALLOC)
     cases = [(shape, confident) for shape in SHAPES for confident in (False, True)]
-    rows = [measure(*case, options.repeats) for case in track(cases, description="measuring", transient=True)]
+    rows = [measure(*case, options.turns) for case in track(cases, description="measuring", transient=True)]
     about = {
         "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),
