@@ -1,5 +1,6 @@
 """Operations along the class axis, on one device or on the shards of a mesh axis."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -9,19 +10,26 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 
+MeshAxes = str | tuple[str, ...]
+
+
 class ClassAxis(NamedTuple):
-    """Where the classes are: an array axis and, inside `shard_map`, the mesh axis that splits it.
+    """Where the classes are: an array axis and, inside `shard_map`, the mesh axis (or axes) that split it.
 
     An array with the classes is called `x`; `rows` is an array without that axis.
     """
 
     position: int
-    mesh_axis: str | None = None
+    mesh_axis: MeshAxes | None = None
+
+    @property
+    def mesh_axes(self) -> tuple[str, ...]:
+        """The mesh axes' names."""
+        return (self.mesh_axis,) if isinstance(self.mesh_axis, str) else self.mesh_axis or ()
 
     def size(self, x: Array) -> int:
         """The number of classes over all shards."""
-        shards = 1 if self.mesh_axis is None else lax.axis_size(self.mesh_axis)
-        return x.shape[self.position] * shards
+        return x.shape[self.position] * math.prod(lax.axis_size(name) for name in self.mesh_axes)
 
     def expand(self, rows: Array) -> Array:
         """Rows against classes: the class axis put back with size 1."""
@@ -36,6 +44,18 @@ class ClassAxis(NamedTuple):
         """Maximum over all classes, as a constant: no derivative passes through it."""
         top = jnp.max(lax.stop_gradient(x), self.position, initial=-jnp.inf)
         return top if self.mesh_axis is None else lax.pmax(top, self.mesh_axis)
+
+    def argmax(self, x: Float[Array, "..."]) -> Integer[Array, "..."]:
+        """Index, over all classes, of the first maximum."""
+        x = lax.stop_gradient(x)
+        classes = x.shape[self.position]
+        first = jnp.argmax(x, self.position).astype(jnp.int32)
+        if self.mesh_axis is None:
+            return first
+        top = jnp.max(x, self.position)
+        nowhere = jnp.iinfo(jnp.int32).max  # but where the maximum is NaN
+        is_top = (top == lax.pmax(top, self.mesh_axis)) | jnp.isnan(top)
+        return lax.pmin(jnp.where(is_top, first + lax.axis_index(self.mesh_axis) * classes, nowhere), self.mesh_axis)
 
     def local(self, targets: Integer[Array, "..."], classes: int) -> Integer[Array, "..."]:
         """Class indices counted from the first of this shard's `classes` classes."""

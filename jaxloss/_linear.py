@@ -2,46 +2,32 @@
 
 import math
 from functools import partial
-from typing import Any, NamedTuple, no_type_check
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Float, Integer, Num
+from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxloss import _checks
 from jaxloss._class_axis import ClassAxis
 from jaxloss._cross_entropy import losses_of_rows
+from jaxloss._explicit_mesh import on_shards
 from jaxloss._log_softmax import accumulator
 from jaxloss._nll import Reduction, weigh_rows
-
-DEFAULT_BUDGET = 96 * 2**20
-BUFFERS = 3  # of (tokens, classes) alive at once in XLA's schedule: logits, exponentials and gradient
-
-
-class _Arrays(NamedTuple):
-    """Everything that has a gradient. Token axes come first and are split into slabs; the rest is shared by them."""
-
-    inputs: Float[Array, "tokens features"]
-    targets: Float[Array, "..."] | Integer[Array, "..."]
-    linear_weight: Float[Array, "classes *inner features"]
-    linear_bias: Float[Array, "..."] | None
-    weight: Num[Array, " classes"] | None
-    label_smoothing: Float[Array, ""] | float | None
-    z_loss: Float[Array, ""] | float | None
-    logit_softcap: Float[Array, ""] | float | None
-
-
-_SCALARS = ("label_smoothing", "z_loss", "logit_softcap")
-
-
-class _Settings(NamedTuple):
-    """What the compiled program depends on."""
-
-    ignore_index: int
-    tokens_per_slab: int
-    class_axis_name: str | None
+from jaxloss._slabs import (
+    DEFAULT_BUDGET,
+    SCALARS,
+    Arrays,
+    Settings,
+    dot,
+    project,
+    scan,
+    soft_cap,
+    varying_alike,
+    zeros,
+)
 
 
 @no_type_check
@@ -98,8 +84,11 @@ def linear_cross_entropy(
     Edge values: those of `cross_entropy`. Reverse mode of reverse mode may store (tokens, classes) arrays; second
     derivatives in forward-over-reverse mode (`jax.jvp` of `jax.grad`) stay within the slabs.
 
-    Sharding: classes may be split by an Auto mesh axis, or inside `shard_map` with `class_axis_name`; tokens inside
-    `shard_map`, as in `cross_entropy`. Explicit mesh axes raise; use `shard_map` there.
+    Sharding: split the tokens, the classes or both over an Auto or Explicit mesh and call it under jit, or use it inside
+    `jax.shard_map`: with `class_axis_name` where that splits the classes, and with a global sum and count where it
+    splits the tokens, as in `cross_entropy`. No logits, tokens or weights are gathered; explicit axes and `shard_map`
+    add up the weight's gradient once, Auto axes once a slab. A vocabulary that does not divide the mesh is padded with
+    `linear_bias=-inf` (and zero `linear_weight`): same loss, gradient 0 there, but no label smoothing.
 
     Examples:
         >>> import jax.numpy as jnp, jaxloss
@@ -117,9 +106,9 @@ def linear_cross_entropy(
     logits = _checks.projection(name, inputs, linear_weight)
     axis = inputs.ndim - 1
     targets, ignore_index = _checks.linear_targets(name, targets, logits, axis, ignore_index, class_axis_name)
-    arrays = _Arrays(
-        inputs=inputs.reshape(-1, inputs.shape[-1]),
-        targets=targets.reshape(-1, *targets.shape[axis:]),
+    arrays = Arrays(
+        inputs=inputs,
+        targets=targets,
         linear_weight=linear_weight,
         linear_bias=_checks.bias(name, linear_bias, linear_weight.shape[:-1]),
         weight=_checks.weight(name, weight, linear_weight.shape[0]),
@@ -128,118 +117,75 @@ def linear_cross_entropy(
         logit_softcap=_checks.positive(name, "logit_softcap", logit_softcap),
     )
     budget = DEFAULT_BUDGET if memory_budget is None else _checks.budget(name, memory_budget)
-    losses = _linear_cross_entropy(
+    return _linear_cross_entropy(
         arrays,
-        settings=_Settings(ignore_index, _slab_size(arrays, budget), class_axis_name),
+        settings=Settings(ignore_index, budget, class_axis_name),
         reduction=_checks.reduction(name, reduction),
         dtype=_checks.result_dtype(name, dtype, inputs, targets),
     )
-    rows = logits.shape[:axis] + logits.shape[axis + 1 :]
-    return losses.reshape(rows) if reduction == "none" else losses
-
-
-def _slab_size(arrays: _Arrays, budget: int) -> int:
-    """Tokens whose (tokens, classes) buffers fit in the budget; at least one, at most all."""
-    itemsize = _checks.promote(arrays.inputs.dtype, jnp.float32).itemsize
-    bytes_per_token = BUFFERS * itemsize * math.prod(arrays.linear_weight.shape[:-1])
-    return max(1, min(budget // max(bytes_per_token, 1), arrays.inputs.shape[0]))
 
 
 @partial(jax.jit, static_argnames=("settings", "reduction", "dtype"))
 def _linear_cross_entropy(
-    arrays: _Arrays, *, settings: _Settings, reduction: Reduction, dtype: jnp.dtype
+    arrays: Arrays, *, settings: Settings, reduction: Reduction, dtype: jnp.dtype
 ) -> Float[Array, "..."]:
-    if reduction == "none":
-        return _rows(settings, arrays).astype(dtype)
-    total = _total(settings, arrays)
-    return (total if reduction == "sum" else _mean(settings, arrays, total)).astype(dtype)
+    def local(settings: Settings, arrays: Arrays) -> Float[Array, "..."]:
+        flat = varying_alike(settings, arrays.flat())
+        if reduction == "none":
+            return _rows(settings, flat).reshape(*arrays.inputs.shape[:-1], *arrays.inner)
+        total = settings.over_tokens(_total(settings, flat))
+        return total if reduction == "sum" else _mean(settings, flat, total)
+
+    return on_shards(local, settings, arrays, by_token=reduction == "none").astype(dtype)
 
 
-def _mean(settings: _Settings, arrays: _Arrays, total: Float[Array, ""]) -> Float[Array, ""]:
+def _mean(settings: Settings, arrays: Arrays, total: Float[Array, ""]) -> Float[Array, ""]:
     """The sum of losses over the sum of the kept targets' class weights, or over the number of rows."""
-    if jnp.issubdtype(arrays.targets.dtype, jnp.floating):
-        return total / math.prod((arrays.inputs.shape[0], *arrays.linear_weight.shape[1:-1]))
+    if arrays.soft:
+        shards = math.prod(lax.axis_size(name) for name in settings.token_axis_names)
+        return total / math.prod((shards, arrays.inputs.shape[0], *arrays.inner))
     axis = ClassAxis(0, settings.class_axis_name)
     classes = axis.size(arrays.linear_weight)
     kept, weights = weigh_rows(axis, classes, arrays.targets, arrays.weight, settings.ignore_index, total.dtype)
     # Where no row is kept the mean is NaN and its gradient 0; where all weights are 0, both are NaN.
-    some = jnp.any(kept)
-    divisor = jnp.where(jnp.any(weights != 0), jnp.sum(weights), jnp.nan)
+    some, weighty = (settings.over_tokens(jnp.sum(mask)) > 0 for mask in (kept, weights != 0))
+    divisor = jnp.where(weighty, settings.over_tokens(jnp.sum(weights)), jnp.nan)
     return jnp.where(some, total / jnp.where(some, divisor, 1), jnp.nan)
 
 
-def _split(settings: _Settings, arrays: _Arrays) -> tuple[Array, Array, Array]:
-    """Inputs, targets and which tokens are real, as (slabs, tokens, ...); the last slab is padded."""
-    tokens, size = arrays.inputs.shape[0], settings.tokens_per_slab
-    slabs = -(-tokens // size)
-
-    def cut(x: Array, filler: int = 0) -> Array:
-        padding = [(0, slabs * size - tokens), *[(0, 0)] * (x.ndim - 1)]
-        return jnp.pad(x, padding, constant_values=filler).reshape(slabs, size, *x.shape[1:])
-
-    soft = jnp.issubdtype(arrays.targets.dtype, jnp.floating)
-    targets = cut(arrays.targets, 0 if soft else settings.ignore_index)
-    return cut(arrays.inputs), targets, cut(jnp.ones(tokens, bool))
-
-
-def _zeros(shape: tuple[int, ...], inputs: Array, *others: Array) -> Float[Array, "..."]:
-    """Zeros to add to that, inside `shard_map`, vary over every mesh axis that one of the arrays varies over."""
-    dtype = accumulator(inputs[:0]).dtype
-    never = (jnp.where(False, jnp.sum(x).astype(dtype), 0) for x in (inputs, *others))
-    return jnp.broadcast_to(sum(never, jnp.zeros((), dtype)), shape)
-
-
-def _project(arrays: _Arrays) -> Float[Array, "..."]:
-    """(tokens, classes, d1, ..., dK) logits in the accumulator's dtype: one matrix product and the bias."""
-    *out, features = arrays.linear_weight.shape
-    matrix = arrays.linear_weight.reshape(-1, features)
-    logits = _dot(arrays.inputs, matrix, ((1,), (1,))).reshape(-1, *out)
-    return logits if arrays.linear_bias is None else logits + arrays.linear_bias.astype(logits.dtype)[None]
-
-
-def _dot(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> Float[Array, "..."]:
-    """A matrix product of the operands as they are, accumulated in float32 or better."""
-    return lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=accumulator(a[:0, :0]).dtype)
-
-
-def _slab_losses(settings: _Settings, arrays: _Arrays, logits: Float[Array, "..."], real: Array) -> Float[Array, "..."]:
+def _slab_losses(
+    settings: Settings, arrays: Arrays, logits: Float[Array, "..."], real: Bool[Array, " tokens"]
+) -> Array:
     """The losses (tokens, d1, ..., dK) of a slab, 0 for padding."""
-    if arrays.logit_softcap is not None:
-        logits = arrays.logit_softcap * jnp.tanh(logits / arrays.logit_softcap)
+    logits = soft_cap(logits, arrays.logit_softcap)
     smoothing, z_loss = (
         None if x is None else jnp.asarray(x, logits.dtype) for x in (arrays.label_smoothing, arrays.z_loss)
     )
     options = arrays.weight, smoothing, z_loss
-    axis = ClassAxis(1, settings.class_axis_name)
-    losses = losses_of_rows(axis, logits, arrays.targets, *options, settings.ignore_index)
+    losses = losses_of_rows(settings.axis, logits, arrays.targets, *options, settings.ignore_index)
     return jnp.where(real.reshape(-1, *[1] * (losses.ndim - 1)), losses, 0)
 
 
-def _rows(settings: _Settings, arrays: _Arrays) -> Float[Array, "..."]:
+def _rows(settings: Settings, arrays: Arrays) -> Float[Array, "..."]:
     @jax.checkpoint
-    def slab(_: None, xs: tuple) -> tuple[None, Float[Array, "..."]]:
-        inputs, targets, real = xs
-        part = arrays._replace(inputs=inputs, targets=targets)
-        return None, _slab_losses(settings, part, _project(part), real)
+    def slab(_: None, part: Arrays, real: Bool[Array, " tokens"]) -> tuple[None, Float[Array, "..."]]:
+        return None, _slab_losses(settings, part, project(part), real)
 
-    _, losses = lax.scan(slab, None, _split(settings, arrays))
-    return losses.reshape(-1, *losses.shape[2:])[: arrays.inputs.shape[0]]
+    return scan(settings, slab, None, arrays)[1]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _total(settings: _Settings, arrays: _Arrays) -> Float[Array, ""]:
+def _total(settings: Settings, arrays: Arrays) -> Float[Array, ""]:
     """The sum of all rows' losses."""
 
-    def slab(total: Array, xs: tuple) -> tuple[Array, None]:
-        inputs, targets, real = xs
-        part = arrays._replace(inputs=inputs, targets=targets)
-        return total + jnp.sum(_slab_losses(settings, part, _project(part), real)), None
+    def slab(total: Array, part: Arrays, real: Bool[Array, " tokens"]) -> tuple[Array, None]:
+        return total + jnp.sum(_slab_losses(settings, part, project(part), real)), None
 
-    return lax.scan(slab, _zeros((), arrays.inputs), _split(settings, arrays))[0]
+    return scan(settings, slab, zeros((), arrays.inputs), arrays)[0]
 
 
 @_total.defjvp
-def _total_jvp(settings: _Settings, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _total_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     (arrays,), (darrays,) = primals, tangents
     total, gradients = _total_and_gradients(settings, arrays)
 
@@ -251,54 +197,48 @@ def _total_jvp(settings: _Settings, primals: tuple, tangents: tuple) -> tuple[Ar
     parts = along(("inputs", "targets", "linear_weight", "linear_bias", "weight"))
     if settings.class_axis_name is not None:
         parts = lax.psum(parts, settings.class_axis_name)
-    return total, parts + along(_SCALARS)
+    return total, parts + along(SCALARS)
 
 
-def _total_and_gradients(settings: _Settings, arrays: _Arrays) -> tuple[Array, _Arrays]:
+def _total_and_gradients(settings: Settings, arrays: Arrays) -> tuple[Array, Arrays]:
     """The sum of all losses and its gradients, three matrix products to a slab; None for what has no gradient."""
-    soft = jnp.issubdtype(arrays.targets.dtype, jnp.floating)
-    shared = {
-        name: value for name, value in arrays._asdict().items() if name in ("weight", *_SCALARS) and value is not None
-    }
-    shared = {name: jnp.asarray(value).astype(accumulator(arrays.inputs[:0]).dtype) for name, value in shared.items()}
-    *out, features = arrays.linear_weight.shape
-    matrix = arrays.linear_weight.reshape(-1, features)
+    dtype = accumulator(arrays.inputs[:0]).dtype
+    named = ((name, getattr(arrays, name)) for name in ("weight", *SCALARS))
+    shared = {name: jnp.asarray(value).astype(dtype) for name, value in named if value is not None}
+    matrix = arrays.linear_weight.reshape(-1, arrays.linear_weight.shape[-1])
 
-    def slab(carry: tuple, xs: tuple) -> tuple[tuple, tuple]:
+    def slab(carry: tuple, part: Arrays, real: Bool[Array, " tokens"]) -> tuple[tuple, tuple]:
         total, dmatrix, dbias, dshared = carry
-        inputs, targets, real = xs
 
         def loss(logits: Array, soft_targets: Array | None, shared: dict[str, Array]) -> Array:
-            known = {"targets": targets if soft_targets is None else soft_targets, "inputs": inputs}
-            return jnp.sum(_slab_losses(settings, arrays._replace(**known, **shared), logits, real))
+            known = {} if soft_targets is None else {"targets": soft_targets}
+            return jnp.sum(_slab_losses(settings, part._replace(**known, **shared), logits, real))
 
-        part = arrays._replace(inputs=inputs, targets=targets)
         value, (dlogits, dtargets, more) = jax.value_and_grad(loss, argnums=(0, 1, 2))(
-            _project(part), accumulator(targets) if soft else None, shared
+            project(part), accumulator(part.targets) if arrays.soft else None, shared
         )
-        flat = dlogits.reshape(inputs.shape[0], -1)
-        half = flat.astype(inputs.dtype)  # the products take operands of the inputs' dtype
+        flat = dlogits.reshape(real.size, -1)
+        half = flat.astype(part.inputs.dtype)  # the products take operands of the inputs' dtype
         carry = (
             total + value,
-            dmatrix + _dot(half, inputs, ((0,), (0,))),
+            dmatrix + dot(half, part.inputs, ((0,), (0,))),
             dbias + jnp.sum(flat, 0),
             jax.tree.map(jnp.add, dshared, more),
         )
-        return carry, (_dot(half, matrix, ((1,), (0,))), dtargets)
+        return carry, (dot(half, matrix, ((1,), (0,))), dtargets)
 
     start = (
-        _zeros((), arrays.inputs),
-        _zeros(matrix.shape, arrays.inputs, matrix),
-        _zeros(matrix.shape[:1], arrays.inputs, matrix),
-        {name: _zeros(value.shape, arrays.inputs, value) for name, value in shared.items()},
+        zeros((), arrays.inputs),
+        zeros(matrix.shape, arrays.inputs, matrix),
+        zeros(matrix.shape[:1], arrays.inputs, matrix),
+        {name: zeros(value.shape, arrays.inputs, value) for name, value in shared.items()},
     )
-    (total, dmatrix, dbias, dshared), (dinputs, dtargets) = lax.scan(slab, start, _split(settings, arrays))
-
-    def join(x: Array) -> Array:
-        return x.reshape(-1, *x.shape[2:])[: arrays.inputs.shape[0]]
-
-    gradients: dict[str, Any] = dict.fromkeys(_Arrays._fields) | dshared
-    gradients |= {"inputs": join(dinputs), "targets": join(dtargets) if soft else None}
-    gradients |= {"linear_weight": dmatrix.reshape(arrays.linear_weight.shape)}
-    gradients |= {"linear_bias": None if arrays.linear_bias is None else dbias.reshape(out)}
-    return total, _Arrays(**gradients)
+    (total, dmatrix, dbias, dshared), (dinputs, dtargets) = scan(settings, slab, start, arrays)
+    bias = arrays.linear_bias
+    return total, Arrays(
+        inputs=dinputs,
+        targets=dtargets,
+        linear_weight=dmatrix.reshape(arrays.linear_weight.shape),
+        linear_bias=None if bias is None else dbias.reshape(bias.shape),
+        **dshared,
+    )

@@ -1,6 +1,6 @@
-"""The differentiable core: each row's log-probability of its target, or its mean over given masses, from logits.
+"""The differentiable core: each row's log-probability of its target, its mean over given masses, and its entropy.
 
-Neither keeps an array of the size of the logits between the passes, and both stay exact on confident rows.
+The first two do not keep an array of the size of the logits between the passes, and all stay exact on confident rows.
 """
 
 from functools import partial
@@ -12,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxloss._class_axis import ClassAxis
-from jaxloss._log_softmax import apart, is_likely, less_one, log_normalizer
+from jaxloss._log_softmax import apart, is_likely, less_one, log_normalizer, log_softmax_core
 
 
 def target_log_prob(
@@ -152,3 +152,22 @@ def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> 
 
     log_prob = _weigh_log_probs(axis, logits, top, masses, normalizer)
     return (log_prob, normalizer), tangent(logits, masses, normalizer, dlogits, dmasses)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def entropy(axis: ClassAxis, logits: Float[Array, "..."], kept: Bool[Array, "..."]) -> Float[Array, "..."]:
+    """-Σ p log p of each row's softmax; 0 with derivative 0 in rows that are not kept."""
+    log_probs, _ = log_softmax_core(axis, logits)
+    probs = jnp.exp(log_probs)
+    return jnp.where(kept, -axis.sum(probs * jnp.where(probs == 0, 0, log_probs)), 0)
+
+
+@entropy.defjvp
+def _entropy_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    logits, kept = primals
+    value = entropy(axis, logits, kept)
+    log_probs, _ = log_softmax_core(axis, logits)
+    probs = jnp.exp(log_probs)
+    # d(-Σ p log p) = -Σ p (log p + H) dz: no 1 to add and take away, so that confident rows keep their digits.
+    slope = probs * (jnp.where(probs == 0, 0, log_probs) + axis.expand(value))
+    return value, -axis.sum(slope * jnp.where(axis.expand(kept), tangents[0], 0))

@@ -55,7 +55,7 @@ def log_softmax(
 def _log_softmax(logits: Float[Array, "..."], *, axis: int) -> Float[Array, "..."]:
     if logits.size == 0 or logits.ndim == 0:
         return jnp.zeros_like(logits) * logits
-    return _log_softmax_core(ClassAxis(axis), accumulator(logits))[0].astype(logits.dtype)
+    return log_softmax_core(ClassAxis(axis), accumulator(logits))[0].astype(logits.dtype)
 
 
 def accumulator(x: Array) -> Float[Array, "..."]:
@@ -92,16 +92,16 @@ def less_one(axis: ClassAxis, probs: Float[Array, "..."], normalizer: Float[Arra
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _log_softmax_core(axis: ClassAxis, logits: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+def log_softmax_core(axis: ClassAxis, logits: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Log-probabilities, and each row's log Σ exp(logits - max)."""
     top = axis.max(logits)
     normalizer = log_normalizer(axis, logits, *apart(top, 2))
     return (logits - axis.expand(top)) - axis.expand(normalizer), normalizer
 
 
-@_log_softmax_core.defjvp
+@log_softmax_core.defjvp
 def _log_softmax_core_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    log_probs, normalizer = _log_softmax_core(axis, *primals)
+    log_probs, normalizer = log_softmax_core(axis, *primals)
 
     @partial(jax.checkpoint, prevent_cse=False)  # the residual is log_probs, not a second array of that size
     def tangent(

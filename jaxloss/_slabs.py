@@ -1,0 +1,164 @@
+"""The logits of a linear layer in slabs of tokens: what the losses that never hold all of them are made of."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Integer, Num, Shaped
+
+from jaxloss import _checks
+from jaxloss._class_axis import ClassAxis, MeshAxes
+from jaxloss._log_softmax import accumulator
+
+DEFAULT_BUDGET = 96 * 2**20
+BUFFERS = 3  # of (tokens, classes) alive at once in XLA's schedule: logits, exponentials and gradient
+
+
+class Arrays(NamedTuple):
+    """Everything that has a gradient. `inputs` and `targets` are split into slabs; the rest is shared by them."""
+
+    inputs: Float[Array, "*tokens features"]
+    targets: Float[Array, "..."] | Integer[Array, "..."]
+    linear_weight: Float[Array, "classes *inner features"]
+    linear_bias: Float[Array, "..."] | None = None
+    weight: Num[Array, " classes"] | None = None
+    label_smoothing: Float[Array, ""] | float | None = None
+    z_loss: Float[Array, ""] | float | None = None
+    logit_softcap: Float[Array, ""] | float | None = None
+    temperature: Float[Array, ""] | float | None = None
+
+    @property
+    def soft(self) -> bool:
+        """Whether the targets are class probabilities."""
+        return jnp.issubdtype(self.targets.dtype, jnp.floating)
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """d1, ..., dK."""
+        return self.linear_weight.shape[1:-1]
+
+    def flat(self) -> "Arrays":
+        """With a single axis of tokens."""
+        leading = self.inputs.ndim - 1
+        return self._replace(
+            inputs=self.inputs.reshape(-1, self.inputs.shape[-1]),
+            targets=self.targets.reshape(-1, *self.targets.shape[leading:]),
+        )
+
+
+SCALARS = ("label_smoothing", "z_loss", "logit_softcap", "temperature")
+
+
+class Settings(NamedTuple):
+    """What the compiled program depends on."""
+
+    ignore_index: int
+    memory_budget: int
+    class_axis_name: MeshAxes | None
+    token_axis_names: tuple[str, ...] = ()
+
+    @property
+    def axis(self) -> ClassAxis:
+        """Where the classes are in a slab's logits (tokens, classes, d1, ..., dK)."""
+        return ClassAxis(1, self.class_axis_name)
+
+    def over_tokens(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """Sum over the shards of the tokens."""
+        return lax.psum(x, self.token_axis_names) if self.token_axis_names else x
+
+
+def varying_alike(settings: Settings, arrays: Arrays) -> Arrays:
+    """Inside `shard_map`, every array varies over the mesh axes that split the tokens.
+
+    Then the gradient to an array that all shards share stays local through the slabs, and is summed once at the end.
+    """
+    split = frozenset[str]().union(*(_varying(x) for x in jax.tree.leaves(arrays)))
+    return jax.tree.map(lambda x: _vary(x, split.difference(settings.axis.mesh_axes)), arrays)
+
+
+def _varying(x: Shaped[Array, "..."]) -> frozenset[str]:
+    """The manual mesh axes, inside `shard_map`, over which an array's values differ."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _vary(x: Shaped[Array, "..."], axes: frozenset[str]) -> Shaped[Array, "..."]:
+    missing = tuple(sorted(axes - _varying(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def zeros(shape: tuple[int, ...], inputs: Array, *others: Array) -> Float[Array, "..."]:
+    """Zeros in the accumulator's dtype that, inside `shard_map`, vary as these arrays together."""
+    axes = frozenset[str]().union(*(_varying(x) for x in (inputs, *others)))
+    return _vary(jnp.zeros(shape, accumulator(inputs[:0]).dtype), axes)
+
+
+def project(arrays: Arrays) -> Float[Array, "..."]:
+    """(tokens, classes, d1, ..., dK) logits in the accumulator's dtype: one matrix product and the bias."""
+    *out, features = arrays.linear_weight.shape
+    matrix = arrays.linear_weight.reshape(-1, features)
+    logits = dot(arrays.inputs, matrix, ((1,), (1,))).reshape(-1, *out)
+    return logits if arrays.linear_bias is None else logits + arrays.linear_bias.astype(logits.dtype)[None]
+
+
+def dot(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> Float[Array, "..."]:
+    """A matrix product of the operands as they are, accumulated in float32 or better."""
+    return lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=accumulator(a[:0, :0]).dtype)
+
+
+def soft_cap(logits: Float[Array, "..."], cap: Float[Array, ""] | float | None) -> Float[Array, "..."]:
+    """c · tanh(z / c), or the logits as they are."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+Step = Callable[[Any, Arrays, Bool[Array, " tokens"]], tuple[Any, Any]]
+
+
+def scan(settings: Settings, step: Step, start: Any, arrays: Arrays) -> tuple[Any, Any]:
+    """`lax.scan` over slabs: `step(carry, the slab's arrays, which tokens are real)` to carry and outputs by token.
+
+    A slab takes every so many-th token, so that each shard of an automatically split token axis has its part in it.
+    Where slabs and tokens do not fit, the last slabs are padded with ignored tokens.
+    """
+    tokens = arrays.inputs.shape[0]
+    size, slabs = slab_shape(tokens, _tokens_within(settings.memory_budget, arrays))
+
+    def cut(x: Shaped[Array, "..."], filler: int = 0) -> Shaped[Array, "..."]:
+        padding = [(0, size * slabs - tokens), *[(0, 0)] * (x.ndim - 1)]
+        return jnp.moveaxis(jnp.pad(x, padding, constant_values=filler).reshape(size, slabs, *x.shape[1:]), 1, 0)
+
+    def join(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:tokens]
+
+    def body(carry: Any, xs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
+        inputs, targets, slab = xs
+        return step(carry, arrays._replace(inputs=inputs, targets=targets), jnp.arange(size) * slabs + slab < tokens)
+
+    targets = cut(arrays.targets, 0 if arrays.soft else settings.ignore_index)
+    carry, outputs = lax.scan(body, start, (cut(arrays.inputs), targets, jnp.arange(slabs)))
+    return carry, jax.tree.map(join, outputs)
+
+
+def _tokens_within(budget: int, arrays: Arrays) -> int:
+    """Tokens whose (tokens, classes) buffers fit in the budget; at least one."""
+    itemsize = _checks.promote(arrays.inputs.dtype, jnp.float32).itemsize
+    bytes_per_token = BUFFERS * itemsize * math.prod(arrays.linear_weight.shape[:-1])
+    return max(1, budget // max(bytes_per_token, 1))
+
+
+def slab_shape(tokens: int, most: int) -> tuple[int, int]:
+    """Tokens in a slab and number of slabs: a size above half of the budget's that divides the tokens, if there is one.
+
+    Among these, many factors of two let the devices of an automatically split token axis share each slab evenly.
+    """
+    if tokens <= most:
+        return tokens, 1
+    small = [n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0]
+    exact = [size for n in small for size in (n, tokens // n) if most < 2 * size <= 2 * most]
+    if not exact:
+        slabs = -(-tokens // most)
+        return -(-tokens // slabs), slabs
+    size = max(exact, key=lambda size: (math.gcd(size, 64), size))
+    return size, tokens // size
