@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
-
 MeshAxes = str | tuple[str, ...]
 
 
@@ -74,10 +73,6 @@ class ClassAxis(NamedTuple):
         index = lax.broadcasted_iota(targets.dtype, x.shape, self.position)
         return index == self.expand(self.local(targets, x.shape[self.position]))
 
-    def index(self, local: Integer[Array, "..."], classes: int) -> Integer[Array, "..."]:
-        """Local class indices, forced into range, for `take_along_axis` and `put_along_axis`."""
-        return self.expand(jnp.clip(local, 0, classes - 1))
-
     def scatters(self, x: Array) -> bool:
         """Whether to write one element to a row rather than to select among all.
 
@@ -90,8 +85,18 @@ class ClassAxis(NamedTuple):
         """`x` with 0 at each row's target; where the target is out of range, at any class or none."""
         if not self.scatters(x):
             return jnp.where(self.is_target(x, targets), 0, x)
-        index, zero = self.index(targets, x.shape[self.position]), jnp.zeros((), x.dtype)
-        return jnp.put_along_axis(x, index, zero, self.position, inplace=False, mode="promise_in_bounds")
+        # Rows as batching dimensions: `put_along_axis` would gather the targets of rows that an Auto mesh splits.
+        rows = tuple(axis for axis in range(x.ndim) if axis != self.position)
+        numbers = lax.ScatterDimensionNumbers(
+            update_window_dims=(),
+            inserted_window_dims=(self.position,),
+            scatter_dims_to_operand_dims=(self.position,),
+            operand_batching_dims=rows,
+            scatter_indices_batching_dims=tuple(range(targets.ndim)),
+        )
+        index = jnp.clip(targets, 0, x.shape[self.position] - 1)[..., None]
+        zero = jnp.zeros(targets.shape, x.dtype)
+        return lax.scatter(x, index, zero, numbers, unique_indices=True, mode="promise_in_bounds")
 
     def pick(
         self, x: Float[Array, "..."], targets: Integer[Array, "..."], *, spread: bool = False
@@ -112,8 +117,9 @@ def _pick(axis: ClassAxis, spread: bool, x: Float[Array, "..."], targets: Intege
     if classes == 0:
         return jnp.full(targets.shape, jnp.nan, x.dtype)
     local = axis.local(targets, classes)
-    values = jnp.take_along_axis(x, axis.index(local, classes), axis.position, mode="promise_in_bounds")
-    return axis.from_owner(values.squeeze(axis.position), local, classes)
+    index = axis.expand(jnp.clip(local, 0, classes - 1))
+    values = jnp.take_along_axis(x, index, axis.position, mode="promise_in_bounds").squeeze(axis.position)
+    return axis.from_owner(values, local, classes)
 
 
 @_pick.defjvp

@@ -109,7 +109,7 @@ def dot(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> Fl
 
 
 def soft_cap(logits: Float[Array, "..."], cap: Float[Array, ""] | float | None) -> Float[Array, "..."]:
-    """c · tanh(z / c), or the logits as they are."""
+    """The logits z as c · tanh(z / c), or as they are."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
