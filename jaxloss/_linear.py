@@ -84,9 +84,9 @@ def linear_cross_entropy(
     Edge values: those of `cross_entropy`. Reverse mode of reverse mode may store (tokens, classes) arrays; second
     derivatives in forward-over-reverse mode (`jax.jvp` of `jax.grad`) stay within the slabs.
 
-    Sharding: split the tokens, the classes or both over an Auto or Explicit mesh and call it under jit, or use it inside
+    Sharding: split the tokens, the classes or both over an Auto or Explicit mesh and call it under jit, or use it in
     `jax.shard_map`: with `class_axis_name` where that splits the classes, and with a global sum and count where it
-    splits the tokens, as in `cross_entropy`. No logits, tokens or weights are gathered; explicit axes and `shard_map`
+    splits the tokens, as in `cross_entropy`. No logits, tokens or weights are gathered. Explicit axes and `shard_map`
     add up the weight's gradient once, Auto axes once a slab. A vocabulary that does not divide the mesh is padded with
     `linear_bias=-inf` (and zero `linear_weight`): same loss, gradient 0 there, but no label smoothing.
 

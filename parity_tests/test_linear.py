@@ -1,7 +1,6 @@
 """linear_cross_entropy against PyTorch's, against our own cross_entropy of the whole logits, and in memory."""
 
 import re
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,8 +11,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jaxloss
 from parity_tests.gates import assert_errors_within_ratio, assert_float64_close
@@ -271,44 +268,3 @@ def test_any_leading_axes(leading, reduction):
     ours = jaxloss.linear_cross_entropy(x, w, t, reduction=reduction, memory_budget=80)
     theirs = jaxloss.cross_entropy(x @ w.T, t, reduction=reduction)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("kind", ["index", "probability"])
-@pytest.mark.parametrize("place", ["grad inside", "grad outside"])
-def test_class_axis_name_in_shard_map_gives_the_single_device_result(kind, place):
-    rng = np.random.default_rng(0)
-    arrays = [rng.normal(size=(32, 8)), rng.normal(size=(64, 8)), rng.normal(size=64), rng.uniform(0.5, 2, 64)]
-    arrays = [jnp.asarray(a, jnp.float32) for a in arrays]
-    targets = jnp.asarray(rng.integers(0, 64, 32)).at[3].set(-100)
-    target_spec = P(None)
-    if kind == "probability":
-        targets, target_spec = jnp.asarray(rng.dirichlet(np.ones(64), 32), jnp.float32), P(None, "x")
-    specs = (P(), P("x"), P("x"), P("x"))
-
-    def loss(x, w, b, c, t, name=None):
-        options = {"label_smoothing": 0.1, "z_loss": 0.01, "logit_softcap": 4.0, "memory_budget": 8 * 3 * 4 * 8}
-        return jaxloss.linear_cross_entropy(x, w, t, linear_bias=b, weight=c, class_axis_name=name, **options)
-
-    every = (0, 1, 2, 3)
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    sharded = partial(jax.shard_map, mesh=mesh, in_specs=(*specs, target_spec))
-    inside = partial(loss, name="x")
-    if place == "grad inside":
-        step = sharded(jax.value_and_grad(inside, every), out_specs=(P(), specs))
-    else:
-        step = jax.value_and_grad(sharded(inside, out_specs=P()), every)
-    ours, expected = jax.jit(step)(*arrays, targets), jax.value_and_grad(loss, every)(*arrays, targets)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), ours, expected)
-
-
-def test_classes_split_by_an_auto_mesh_axis_gather_nothing():
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    x, w = jnp.ones((32, 8)), jax.random.normal(jax.random.key(0), (64, 8))
-    t = jnp.arange(32)
-    step = jax.jit(jax.value_and_grad(lambda x, w: jaxloss.linear_cross_entropy(x, w, t), (0, 1)))
-    expected = step(x, w)
-    split = jax.device_put(w, NamedSharding(mesh, P("x")))
-    compiled = step.lower(jax.device_put(x, NamedSharding(mesh, P())), split).compile()
-    assert not re.search(r"all-gather|all-to-all|collective-permute", compiled.as_text())
-    ours = compiled(jax.device_put(x, NamedSharding(mesh, P())), split)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), jax.device_get(ours), expected)

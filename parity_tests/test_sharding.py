@@ -1,6 +1,5 @@
 """Logits split over eight devices along the classes or the rows: same values, and nothing of that size moves."""
 
-import re
 from functools import partial
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxloss
+from parity_tests.hlo import gathered_sizes
 
 ROWS, CLASSES = 16, 64
 CASES = {
@@ -46,12 +46,6 @@ def assert_trees_close(ours, theirs) -> None:
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-7), ours, theirs)
 
 
-def gathered_sizes(compiled) -> list[int]:
-    """Elements of every all-gather, all-to-all and collective-permute result in the compiled program."""
-    pattern = r"= \(?[a-z0-9]+\[([\d,]*)\][^=]*? (?:all-gather|all-to-all|collective-permute)"
-    return [int(np.prod([int(n) for n in m.split(",") if n])) for m in re.findall(pattern, compiled.as_text())]
-
-
 def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
     return jax.make_mesh((8,), ("x",), axis_types=(kind,))
 
@@ -76,6 +70,8 @@ def test_sharded_logits_give_the_single_device_result(split, kind, target_kind, 
         )
         compiled = jax.jit(function).lower(*arrays).compile()
         assert_trees_close(jax.device_get(compiled(*arrays)), jax.device_get(expected))
+    if split == "rows" and kind is AxisType.Auto:
+        assert not gathered_sizes(compiled)
     assert max(gathered_sizes(compiled), default=0) < ROWS * CLASSES // 8
 
 

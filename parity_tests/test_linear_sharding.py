@@ -1,0 +1,193 @@
+"""linear_cross_entropy with tokens and classes split over eight devices: same values, and next to nothing moves."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxloss
+from parity_tests.hlo import collectives, gathered_sizes
+
+TOKENS, FEATURES, CLASSES = 32, 8, 128
+BUDGET = 8 * 3 * 4 * CLASSES  # eight tokens to a slab where nothing is split
+EVERY = (0, 1, 2, 3)
+SPLITS = {"tokens": (("d", "m"), None), "classes": (None, ("d", "m")), "both": ("d", "m")}
+
+
+def draw(kind: str, classes: int = CLASSES) -> list[jax.Array]:
+    """inputs, linear_weight, linear_bias, weight and targets."""
+    rng = np.random.default_rng(0)
+    shapes = [(TOKENS, FEATURES), (classes, FEATURES), (classes,)]
+    arrays = [rng.normal(size=shape) for shape in shapes] + [rng.uniform(0.5, 2, classes)]
+    targets = jnp.asarray(rng.integers(0, classes, TOKENS)).at[3].set(-100)
+    if kind == "probability":
+        targets = jnp.asarray(rng.dirichlet(np.ones(classes), TOKENS), jnp.float32)
+    return [*(jnp.asarray(a, jnp.float32) for a in arrays), targets]
+
+
+def loss(x, w, b, c, t, *, label_smoothing=0.1, **options):
+    """Every option at once; a scalar also for reduction="none"."""
+    options = {"z_loss": 0.01, "logit_softcap": 4.0, "memory_budget": BUDGET} | options
+    rows = jaxloss.linear_cross_entropy(x, w, t, linear_bias=b, weight=c, label_smoothing=label_smoothing, **options)
+    return jnp.sum(jnp.sin(rows)) if rows.ndim else rows
+
+
+def assert_trees_close(ours, expected) -> None:
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6), jax.device_get(ours), jax.device_get(expected)
+    )
+
+
+def specs(tokens, classes, targets: jax.Array) -> tuple[P, ...]:
+    return P(tokens), P(classes), P(classes), P(classes), P(tokens, *[classes] * (targets.ndim - 1))
+
+
+def split_over(mesh: jax.sharding.Mesh, split: str, arrays: list[jax.Array]) -> list[jax.Array]:
+    placed = zip(arrays, specs(*SPLITS[split], arrays[-1]), strict=True)
+    return [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in placed]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["index", "probability"])
+def test_split_arrays_give_the_single_device_result_and_are_not_gathered(split, axis_type, reduction, kind):
+    arrays = draw(kind)
+    step = jax.value_and_grad(partial(loss, reduction=reduction), EVERY)
+    expected = jax.jit(step)(*arrays)
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(axis_type,) * 2)
+    with jax.set_mesh(mesh):
+        placed = split_over(mesh, split, arrays)
+        compiled = jax.jit(step).lower(*placed).compile()
+        assert_trees_close(compiled(*placed), expected)
+    assert not gathered_sizes(compiled)
+    local_classes = CLASSES // (1 if SPLITS[split][1] is None else 4 if split == "both" else 8)
+    crossing = collectives(compiled)
+    assert crossing
+    for size in (size for found in crossing for size in found.sizes):
+        # Rows, gradients of the inputs, and where tokens are split the gradient of this device's classes.
+        assert size <= max(TOKENS * FEATURES, 0 if split == "classes" else local_classes * FEATURES)
+    if axis_type is AxisType.Explicit:
+        in_loop = [size for found in crossing if found.in_loop for size in found.sizes]
+        allowed = TOKENS if reduction != "none" else TOKENS * FEATURES
+        assert max(in_loop, default=0) <= allowed, "the gradients of what is shared are to cross once"
+
+
+def test_gathered_arrays_are_seen():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(jnp.ones((TOKENS, FEATURES)), NamedSharding(mesh, P("x")))
+    moved = jax.jit(lambda x: x[::-1] * 2, out_shardings=NamedSharding(mesh, P())).lower(x).compile()
+    assert max(gathered_sizes(moved)) == TOKENS * FEATURES
+
+
+@pytest.mark.parametrize("transform", ["hvp", "vmap of grad", "checkpoint"])
+def test_transforms_on_an_explicit_mesh(transform):
+    arrays = draw("index")
+    tangent = jnp.cos(arrays[0])
+
+    def step(x, w, b, c, t):
+        if transform == "hvp":
+            return jax.jvp(jax.grad(lambda x: loss(x, w, b, c, t)), (x,), (tangent * x,))
+        if transform == "checkpoint":
+            return jax.grad(jax.checkpoint(loss))(x, w, b, c, t)
+        return jax.vmap(lambda s: jax.grad(loss)(x * s, w, b, c, t))(jnp.array([1.0, 0.5]))
+
+    expected = jax.jit(step)(*arrays)
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        tangent = jax.device_put(tangent, NamedSharding(mesh, P("d")))
+        assert_trees_close(jax.jit(step)(*split_over(mesh, "both", arrays)), expected)
+
+
+def test_batch_and_sequence_may_both_be_split_on_an_explicit_mesh():
+    x, w, _, _, t = draw("index")
+    step = jax.value_and_grad(jaxloss.linear_cross_entropy, (0, 1))
+    expected = jax.jit(step)(x.reshape(4, 8, FEATURES), w, t.reshape(4, 8))
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(x.reshape(4, 8, FEATURES), NamedSharding(mesh, P("d", "m"))),
+            jax.device_put(w, NamedSharding(mesh, P(None, "d"))),  # features split too: gathered, as they must be
+            jax.device_put(t.reshape(4, 8), NamedSharding(mesh, P())),
+        ]
+        found = jax.jit(step)(*placed)
+        assert jax.typeof(found[1][0]).sharding.spec == P("d", "m", None)
+        assert_trees_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["index", "probability"])
+@pytest.mark.parametrize("place", ["grad inside", "grad outside"])
+def test_class_axis_name_in_shard_map_gives_the_single_device_result(kind, place):
+    arrays = draw(kind)
+    inside = partial(loss, class_axis_name="x")
+    in_specs = specs(None, "x", arrays[-1])
+    sharded = partial(jax.shard_map, mesh=jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)), in_specs=in_specs)
+    if place == "grad inside":
+        step = sharded(jax.value_and_grad(inside, EVERY), out_specs=(P(), in_specs[:4]))
+    else:
+        step = jax.value_and_grad(sharded(inside, out_specs=P()), EVERY)
+    assert_trees_close(jax.jit(step)(*arrays), jax.value_and_grad(loss, EVERY)(*arrays))
+
+
+@pytest.mark.parametrize("kind", ["index", "probability"])
+def test_tokens_and_classes_split_in_shard_map(kind):
+    arrays = draw(kind)
+
+    def local(x, w, b, c, t):
+        return jax.lax.psum(loss(x, w, b, c, t, class_axis_name="m", reduction="sum"), "d")
+
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs("d", "m", arrays[-1]), out_specs=P())
+    # Smoothing and z-loss are shared by all shards: their gradients must not be counted once for each.
+    found = jax.jit(jax.value_and_grad(sharded, EVERY))(*arrays)
+    assert_trees_close(found, jax.value_and_grad(partial(loss, reduction="sum"), EVERY)(*arrays))
+
+
+def test_gradient_to_shared_scalars_inside_shard_map_is_counted_once():
+    x, w, b, c, t = draw("index")
+
+    def total(options, x, t):
+        return jaxloss.linear_cross_entropy(x, w, t, linear_bias=b, weight=c, reduction="sum", **options)
+
+    def local(options, x, t):
+        return jax.lax.psum(total(options, x, t), "d")
+
+    options = {"label_smoothing": jnp.float32(0.1), "z_loss": jnp.float32(0.01), "logit_softcap": jnp.float32(4)}
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("d"), P("d")), out_specs=P())
+    assert_trees_close(jax.jit(jax.grad(sharded))(options, x, t), jax.grad(total)(options, x, t))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_a_vocabulary_padded_with_minus_infinity_changes_nothing(axis_type):
+    x, w, b, c, t = draw("index", 125)
+    expected = jax.value_and_grad(partial(loss, label_smoothing=0.0, logit_softcap=None), EVERY)(x, w, b, c, t)
+    padded = [
+        x,
+        jnp.pad(w, ((0, 3), (0, 0))),
+        jnp.pad(b, (0, 3), constant_values=-jnp.inf),
+        jnp.pad(c, (0, 3), constant_values=1.0),
+        t,
+    ]
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(axis_type,) * 2)
+    step = jax.jit(jax.value_and_grad(partial(loss, label_smoothing=0.0, logit_softcap=None), EVERY))
+    with jax.set_mesh(mesh):
+        value, (dx, *rest) = jax.device_get(step(*split_over(mesh, "both", padded)))
+    assert_trees_close((value, (dx, *(g[:125] for g in rest))), expected)
+    assert not any(np.any(g[125:]) for g in rest)
+    unmasked = [*padded[:2], jnp.pad(b, (0, 3)), *padded[3:]]
+    with pytest.raises(AssertionError):
+        assert_trees_close(step(*unmasked)[0], expected[0])
+
+
+def test_out_of_range_targets_on_an_explicit_mesh_are_nan():
+    arrays = draw("index")
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        x, w, _, _, t = split_over(mesh, "both", [*arrays[:4], arrays[4].at[5].set(CLASSES)])
+        rows = jax.jit(partial(jaxloss.linear_cross_entropy, reduction="none"))(x, w, t)
+    assert np.flatnonzero(np.isnan(jax.device_get(rows))).tolist() == [5]
