@@ -53,7 +53,7 @@ def split_over(mesh: jax.sharding.Mesh, split: str, arrays: list[jax.Array]) -> 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", ["index", "probability"])
 def test_split_arrays_give_the_single_device_result_and_are_not_gathered(split, axis_type, reduction, kind):
     arrays = draw(kind)
