@@ -19,8 +19,13 @@ def to_bfloat16(x: jax.Array) -> jax.Array:
 
 def half_precision_products(patch: pytest.MonkeyPatch) -> None:
     right = _slabs.dot
+
+    def dot(a, b, axes):
+        product = right(a, b, axes)
+        return to_bfloat16(product) if a.dtype == jnp.bfloat16 else product
+
     for module in (_linear, _slabs):
-        patch.setattr(module, "dot", lambda a, b, axes: to_bfloat16(right(a, b, axes)))
+        patch.setattr(module, "dot", dot)
 
 
 def padding_unmasked(patch: pytest.MonkeyPatch) -> None:
