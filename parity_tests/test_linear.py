@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import export
 
 import jaxloss
 from parity_tests.gates import HALF_UNIT, assert_errors_within_ratio, assert_float64_close, relative_l2
@@ -244,6 +245,55 @@ def test_a_slab_costs_three_matrix_products_of_the_inputs_dtype_and_one_forward(
     shapes = [jax.ShapeDtypeStruct(s, dtype) for s in ((64, 8), (32, 8))]
     forward = jax.jit(jaxloss.linear_cross_entropy).lower(*shapes, jax.ShapeDtypeStruct((64,), jnp.int32)).as_text()
     assert forward.count("dot_general") == 1
+
+
+def test_no_buffer_has_all_logits_and_nothing_scatters_into_classes():
+    tokens, features, classes = 64, 8, 96
+    text = value_and_grad(tokens, features, classes, memory_budget=16 * 3 * 4 * classes).compile().as_text()
+    assert re.search(r"\[16,96\]", text), "the slabs"
+    sizes = [int(np.prod([int(n) for n in shape.split(",")])) for shape in re.findall(r"f32\[([\d,]+)\]", text)]
+    assert max(sizes) == 16 * classes
+    scattered = re.findall(r"= \w+\[([\d,]+)\]\S* scatter\(", text)
+    assert set(scattered) <= {"16,96"}, "one element to a token of a slab's logits, none of weight or bias"
+
+
+def test_forward_over_reverse_stays_within_the_slabs():
+    tokens, features, classes = 1024, 32, 16384
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, features), (classes, features))]
+
+    def hvp(x, w, t):
+        gradient = jax.grad(lambda x, w: jaxloss.linear_cross_entropy(x, w, t, memory_budget=2**21), (0, 1))
+        return jax.jvp(gradient, (x, w), (jnp.cos(x), jnp.cos(w)))
+
+    compiled = jax.jit(hvp).lower(*shapes, jax.ShapeDtypeStruct((tokens,), jnp.int32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * tokens * classes / 4
+
+
+@pytest.mark.parametrize("function", [jaxloss.linear_cross_entropy, jaxloss.linear_log_prob], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lowers_for_cpu_gpu_and_tpu(function, dtype):
+    def total(x, w, t):
+        return sum(jnp.sum(x) for x in jax.tree.leaves(function(x, w, t)) if jnp.issubdtype(x.dtype, jnp.floating))
+
+    shapes = [jax.ShapeDtypeStruct(s, dtype) for s in ((64, 8), (100, 8))]
+    step = jax.jit(jax.value_and_grad(total, (0, 1)))
+    exported = export.export(step, platforms=("cpu", "cuda", "tpu"))(*shapes, jax.ShapeDtypeStruct((64,), jnp.int32))
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert len(exported.mlir_module()) > 1000
+
+
+@pytest.mark.parametrize(("inputs", "weight"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_inputs_and_weight_of_different_dtypes(inputs, weight):
+    rng = np.random.default_rng(0)
+    x, w = jnp.asarray(rng.normal(size=(12, 8)), inputs), jnp.asarray(rng.normal(size=(30, 8)), weight)
+    t = jnp.arange(12)
+    loss, gradients = jax.value_and_grad(jaxloss.linear_cross_entropy, (0, 1))(x, w, t)
+    assert (loss.dtype, gradients[0].dtype, gradients[1].dtype) == (inputs, inputs, weight)
+    whole = [a.astype(jnp.float32) for a in (x, w)]
+    expected, slopes = jax.value_and_grad(lambda x, w: jaxloss.cross_entropy(x @ w.T, t), (0, 1))(*whole)
+    assert abs(loss.astype(jnp.float32) - expected) <= HALF_UNIT[inputs] * 2 * expected
+    for found, slope in zip(gradients, slopes, strict=True):
+        assert relative_l2(found, slope) < HALF_UNIT["bfloat16"]
 
 
 def test_flax_kernel_transposed_is_not_copied():

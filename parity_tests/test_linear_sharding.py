@@ -1,10 +1,12 @@
 """linear_cross_entropy with tokens and classes split over eight devices: same values, and next to nothing moves."""
 
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -12,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxloss
 from parity_tests.hlo import collectives, gathered_sizes
 
+ROOT = Path(__file__).parents[1]
 TOKENS, FEATURES, CLASSES = 32, 8, 128
 BUDGET = 8 * 3 * 4 * CLASSES  # eight tokens to a slab where nothing is split
 EVERY = (0, 1, 2, 3)
@@ -182,6 +185,24 @@ def test_a_vocabulary_padded_with_minus_infinity_changes_nothing(axis_type):
     unmasked = [*padded[:2], jnp.pad(b, (0, 3)), *padded[3:]]
     with pytest.raises(AssertionError):
         assert_trees_close(step(*unmasked)[0], expected[0])
+
+
+def test_readme_step_trains_on_one_device_and_on_an_explicit_mesh():
+    step, many = (ROOT / "README.md").read_text().split("## Large vocabularies")[1].split("```python\n")[1:3]
+    rng = np.random.default_rng(0)
+    names = {
+        "kernel": jnp.asarray(rng.normal(size=(FEATURES, CLASSES)), jnp.float32),
+        "bias": jnp.zeros(CLASSES),
+        "hidden": jnp.asarray(rng.normal(size=(4, 16, FEATURES)), jnp.float32),
+        "labels": jnp.asarray(rng.integers(0, CLASSES, (4, 16))),
+    } | {"jax": jax, "jnp": jnp, "jaxloss": jaxloss, "optax": optax, "partial": partial, "P": P}
+    names["optimizer"] = optax.sgd(0.1)  # Adam would magnify rounding
+    exec(step.split("```")[0], names)  # ours: the blocks that readers run
+    params = {"head": {"kernel": names["kernel"] + 0, "bias": names["bias"] + 0}}
+    single = names["train_step"](params, names["optimizer"].init(params), names["hidden"], names["labels"])
+    exec(many.split("```")[0], names)
+    assert jax.typeof(names["params"]["head"]["kernel"]).sharding.spec == P(None, "model")
+    assert_trees_close((names["params"], names["loss"]), (single[0], single[2]))
 
 
 def test_out_of_range_targets_on_an_explicit_mesh_are_nan():

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 import jaxloss
+from benchmarks.linear import CHUNKED, EAGER, SLABS, WHOLE
+from benchmarks.timing import ratio
 from parity_tests.gates import (
     assert_errors_within_ratio,
     assert_float64_close,
@@ -142,7 +145,7 @@ def test_importing_jaxloss_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
-FUNCTIONS = ["log_softmax", "nll_loss", "cross_entropy", "kl_div", "linear_cross_entropy"]
+FUNCTIONS = ["log_softmax", "nll_loss", "cross_entropy", "kl_div", "linear_cross_entropy", "linear_log_prob"]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -180,6 +183,14 @@ def test_signatures_are_the_public_contract():
     assert keywords(jaxloss.kl_div) == {"log_target": False, "reduction": "mean"}
     own = {"linear_bias": None, "logit_softcap": None, "memory_budget": None, "ignore_index": None}
     assert keywords(jaxloss.linear_cross_entropy) == {k: v for k, v in (shared | extra | own).items() if k != "axis"}
+    assert keywords(jaxloss.linear_log_prob) == {
+        "linear_bias": None,
+        "ignore_index": -100,
+        "logit_softcap": None,
+        "temperature": None,
+        "class_axis_name": None,
+        "memory_budget": None,
+    }
     assert jaxloss.nll is jaxloss.nll_loss
 
 
@@ -208,11 +219,39 @@ def test_private_functions_are_type_checked_under_pytest_and_public_ones_are_not
         jaxloss.cross_entropy(jnp.ones((2, 3), int), jnp.array([0, 1]))
 
 
+def readme_part(name: str) -> str:
+    """The README's text between `<!-- name -->` and `<!-- /name -->`."""
+    return (ROOT / "README.md").read_text().split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+
+
+def committed(suite: str) -> list[dict]:
+    return json.loads((ROOT / f"benchmarks/results/{suite}-cpu.json").read_text())["rows"]
+
+
 def test_readme_speeds_are_those_of_the_committed_results():
-    rows = json.loads((ROOT / "benchmarks/results/losses-cpu.json").read_text())["rows"]
-    text = (ROOT / "README.md").read_text()
-    for row in rows:
-        times = {name: t["median"] for name, t in row["milliseconds"].items()}
-        (line,) = (x for x in text.splitlines() if x.startswith("| {} x {} |".format(*row["shape"])))
+    lines = readme_part("speed").strip().splitlines()[2:]
+    rows = committed("losses")
+    assert len(lines) == len(rows) / 2
+    for line, plain, confident in zip(lines, rows[::2], rows[1::2], strict=True):
+        assert (plain["one confident row"], confident["one confident row"]) == (False, True)
+        assert plain["shape"] == confident["shape"]
+        cells = [" x ".join(map(str, plain["shape"]))]
         for peer in ("optax", "PyTorch eager"):
-            assert f"{times['jaxloss'] / times[peer]:.2f}" in line
+            cells.append("{} ({})".format(*(ratio(r["milliseconds"], "jaxloss", peer) for r in (plain, confident))))
+        assert line == f"| {' | '.join(cells)} |"
+
+
+def test_readme_memory_and_time_of_linear_cross_entropy_are_those_of_the_committed_results():
+    rows = committed("linear")
+    expected = [
+        "| {} | {:.0f} MiB | {:.0f} MiB |".format(
+            " x ".join(map(str, row["shape"])), *(row["temporaries"][name] / 2**20 for name in (SLABS, WHOLE))
+        )
+        for row in rows
+        if "temporaries" in row
+    ]
+    assert readme_part("memory").strip().splitlines()[2:] == expected
+    times = [row["milliseconds"] for row in rows if "milliseconds" in row]
+    ratios = [ratio(t, SLABS, peer) for t in times for peer in (WHOLE, EAGER, CHUNKED)]
+    assert len(ratios) == 6
+    assert re.findall(r"\d+\.\d+", readme_part("time")) == ratios
