@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -26,23 +27,23 @@ def on_shards(
     token_axes = tuple(_names(tokens))
     class_axes = tuple(n for n in _names(jax.typeof(arrays.linear_weight).sharding.spec[:1]) if n not in token_axes)
     classes, inner = class_axes or None, [None] * len(arrays.inner)
-    specs = Arrays(
-        inputs=P(*tokens, None),
-        targets=P(*tokens, *([classes] if arrays.soft else []), *inner),
-        linear_weight=P(classes, *inner, None),
-        linear_bias=P(classes, *inner),
-        weight=P(classes),
-        **dict.fromkeys(("label_smoothing", "z_loss", "logit_softcap", "temperature"), P()),
-    )
-    placed = Arrays(*(x if x is None else _place(x, mesh, spec) for x, spec in zip(arrays, specs, strict=True)))
-    settings = settings._replace(class_axis_name=class_axes or None, token_axis_names=token_axes)
+    specs = {
+        "inputs": P(*tokens, None),
+        "targets": P(*tokens, *([classes] if arrays.soft else []), *inner),
+        "linear_weight": P(classes, *inner, None),
+        "linear_bias": P(classes, *inner),
+        "weight": P(classes),
+    }
+    given = {name: jnp.asarray(x) for name, x in arrays._asdict().items() if x is not None}
+    specs = {name: specs.get(name, P()) for name in given}
+    settings = settings._replace(class_axis_name=classes, token_axis_names=token_axes)
     return jax.shard_map(
-        lambda shards: function(settings, shards),
+        lambda shards: function(settings, Arrays(**shards)),
         mesh=mesh,
         in_specs=(specs,),
         out_specs=P(*tokens, *inner) if by_token else P(),
         axis_names=_explicit(mesh),
-    )(placed)
+    )({name: jax.sharding.reshard(x, NamedSharding(mesh, specs[name])) for name, x in given.items()})
 
 
 def _explicit_mesh(*arrays: Array) -> AbstractMesh | None:
@@ -57,7 +58,3 @@ def _explicit(mesh: AbstractMesh) -> set[str]:
 def _names(entries: Iterable[str | tuple[str, ...] | None]) -> Iterable[str]:
     for entry in entries:
         yield from (entry,) if isinstance(entry, str) else entry or ()
-
-
-def _place(x: Array, mesh: AbstractMesh, spec: P) -> Array:
-    return jax.sharding.reshard(x, NamedSharding(mesh, spec))

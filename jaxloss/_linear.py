@@ -17,10 +17,10 @@ from jaxloss._explicit_mesh import on_shards
 from jaxloss._log_softmax import accumulator
 from jaxloss._nll import Reduction, weigh_rows
 from jaxloss._slabs import (
-    DEFAULT_BUDGET,
     SCALARS,
     Arrays,
     Settings,
+    default_budget,
     dot,
     project,
     scan,
@@ -70,7 +70,7 @@ def linear_cross_entropy(
         logit_softcap: c > 0 replaces each logit z by c · tanh(z / c); may be a traced scalar. None leaves them.
         class_axis_name: inside `jax.shard_map`, the mesh axis that splits the classes; see `cross_entropy`.
         memory_budget: bytes that the (tokens, classes) buffers alive at once may take; a slab holds at least one token.
-            None: 96 MiB.
+            None: 96 MiB on CPU, 1 GiB on other backends.
         dtype: of the result; None keeps the dtype of `inputs` (for probabilities, of `inputs` and `targets` promoted).
 
     Returns:
@@ -86,8 +86,9 @@ def linear_cross_entropy(
 
     Sharding: split the tokens, the classes or both over an Auto or Explicit mesh and call it under jit, or use it in
     `jax.shard_map`: with `class_axis_name` where that splits the classes, and with a global sum and count where it
-    splits the tokens, as in `cross_entropy`. No logits, tokens or weights are gathered. Explicit axes and `shard_map`
-    add up the weight's gradient once, Auto axes once a slab. A vocabulary that does not divide the mesh is padded with
+    splits the tokens, as in `cross_entropy`. No logits, tokens or weights are gathered, but for weights split along
+    their features or over the tokens' own mesh axis. Explicit axes and `shard_map` add up the weight's gradient once,
+    Auto axes once a slab. A vocabulary that does not divide the mesh is padded with
     `linear_bias=-inf` (and zero `linear_weight`): same loss, gradient 0 there, but no label smoothing.
 
     Examples:
@@ -116,7 +117,7 @@ def linear_cross_entropy(
         z_loss=_checks.fraction(name, "z_loss", z_loss, upper=math.inf),
         logit_softcap=_checks.positive(name, "logit_softcap", logit_softcap),
     )
-    budget = DEFAULT_BUDGET if memory_budget is None else _checks.budget(name, memory_budget)
+    budget = default_budget() if memory_budget is None else _checks.budget(name, memory_budget)
     return _linear_cross_entropy(
         arrays,
         settings=Settings(ignore_index, budget, class_axis_name),

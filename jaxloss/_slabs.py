@@ -13,7 +13,6 @@ from jaxloss import _checks
 from jaxloss._class_axis import ClassAxis, MeshAxes
 from jaxloss._log_softmax import accumulator
 
-DEFAULT_BUDGET = 96 * 2**20
 BUFFERS = 3  # of (tokens, classes) alive at once in XLA's schedule: logits, exponentials and gradient
 
 
@@ -68,6 +67,11 @@ class Settings(NamedTuple):
     def over_tokens(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """Sum over the shards of the tokens."""
         return lax.psum(x, self.token_axis_names) if self.token_axis_names else x
+
+
+def default_budget() -> int:
+    """96 MiB on CPU, where slabs are to stay near the caches; 1 GiB elsewhere, where products are to be large."""
+    return 96 * 2**20 if jax.default_backend() == "cpu" else 2**30
 
 
 def varying_alike(settings: Settings, arrays: Arrays) -> Arrays:

@@ -227,6 +227,20 @@ def test_default_budget_takes_an_eighth_of_the_materialised_temporaries():
     assert ours <= 2 * 4 * tokens * classes / 8
 
 
+def test_default_budget_is_larger_where_products_are_to_be_large(monkeypatch):
+    tokens, features, classes = 8192, 8, 50_000
+
+    def logits_of_a_slab() -> int:
+        text = jax.jit(jax.grad(jaxloss.linear_cross_entropy)).lower(*shapes, targets).as_text()
+        return max(int(n) for n in re.findall(rf"-> tensor<(\d+)x{classes}xf32>", text))
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, features), (classes, features))]
+    targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    assert logits_of_a_slab() == 128
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert logits_of_a_slab() == 1024
+
+
 def test_tracing_at_a_billion_tokens_and_a_million_classes_allocates_nothing():
     lowered = value_and_grad(10**9, 8, 10**6)
     assert lowered.out_info[1][0].shape == (10**9, 8)

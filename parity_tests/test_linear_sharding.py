@@ -106,6 +106,17 @@ def test_transforms_on_an_explicit_mesh(transform):
         assert_trees_close(jax.jit(step)(*split_over(mesh, "both", arrays)), expected)
 
 
+def test_weight_split_over_the_tokens_axis_is_gathered_and_its_gradient_stays_split():
+    arrays = draw("index")
+    step = jax.value_and_grad(loss, EVERY)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, NamedSharding(mesh, P("d"))) for x in arrays]
+        found = jax.jit(step)(*placed)
+        assert jax.typeof(found[1][1]).sharding.spec == P("d", None)
+        assert_trees_close(found, jax.jit(step)(*draw("index")))
+
+
 def test_batch_and_sequence_may_both_be_split_on_an_explicit_mesh():
     x, w, _, _, t = draw("index")
     step = jax.value_and_grad(jaxloss.linear_cross_entropy, (0, 1))
