@@ -319,6 +319,22 @@ def test_flax_kernel_transposed_is_not_copied():
     assert not re.search(r"= f32\[(8,4096|4096,8)\]\S* (transpose|copy)\(", compiled.as_text())
 
 
+def test_pytorchs_chunked_path_has_no_smoothing_no_second_derivatives_and_forward_mode_of_zero():
+    x, w, t = torch.randn(64, 8, requires_grad=True), torch.randn(128, 8), torch.arange(64)
+
+    def chunked(x, **more):
+        return F.linear_cross_entropy(x, w, t, options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=16), **more)
+
+    with pytest.warns(UserWarning, match="options`` ignored"):
+        chunked(x, label_smoothing=0.1)
+    (gradient,) = torch.autograd.grad(chunked(x), x, create_graph=True)
+    assert not gradient.requires_grad
+    _, forward = torch.func.jvp(chunked, (x.detach(),), (x.detach(),))
+    assert forward == 0
+    ours = jax.jvp(lambda x: jaxloss.linear_cross_entropy(x, w.numpy(), t.numpy()), *[(jnp.asarray(x.detach()),)] * 2)
+    np.testing.assert_allclose(ours[1], (gradient * x).sum().item(), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
