@@ -319,6 +319,7 @@ def test_flax_kernel_transposed_is_not_copied():
     assert not re.search(r"= f32\[(8,4096|4096,8)\]\S* (transpose|copy)\(", compiled.as_text())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # PyTorch's own use of torch.jit
 def test_pytorchs_chunked_path_has_no_smoothing_no_second_derivatives_and_forward_mode_of_zero():
     x, w, t = torch.randn(64, 8, requires_grad=True), torch.randn(128, 8), torch.arange(64)
 
