@@ -252,6 +252,12 @@ def projection(name: str, inputs: Array, linear_weight: Array) -> jax.ShapeDtype
     return jax.ShapeDtypeStruct(inputs.shape[:-1] + linear_weight.shape[:-1], inputs.dtype)
 
 
+def some_classes(name: str, linear_weight: Array) -> None:
+    """At least one class, or there is none to be the most probable."""
+    if linear_weight.shape[0] == 0:
+        raise ValueError(f"{name}: linear_weight must have at least one class, got {linear_weight.shape}.")
+
+
 def linear_targets(
     name: str,
     value: Any,

@@ -164,7 +164,7 @@ def _slab_losses(
     )
     options = arrays.weight, smoothing, z_loss
     losses = losses_of_rows(settings.axis, logits, arrays.targets, *options, settings.ignore_index)
-    return jnp.where(real.reshape(-1, *[1] * (losses.ndim - 1)), losses, 0)
+    return jnp.where(real.reshape(real.size, *[1] * (losses.ndim - 1)), losses, 0)
 
 
 def _rows(settings: Settings, arrays: Arrays) -> Float[Array, "..."]:
@@ -206,7 +206,7 @@ def _total_and_gradients(settings: Settings, arrays: Arrays) -> tuple[Array, Arr
     dtype = accumulator(arrays.inputs[:0]).dtype
     named = ((name, getattr(arrays, name)) for name in ("weight", *SCALARS))
     shared = {name: jnp.asarray(value).astype(dtype) for name, value in named if value is not None}
-    matrix = arrays.linear_weight.reshape(-1, arrays.linear_weight.shape[-1])
+    matrix = arrays.matrix()
 
     def slab(carry: tuple, part: Arrays, real: Bool[Array, " tokens"]) -> tuple[tuple, tuple]:
         total, dmatrix, dbias, dshared = carry
@@ -218,7 +218,7 @@ def _total_and_gradients(settings: Settings, arrays: Arrays) -> tuple[Array, Arr
         value, (dlogits, dtargets, more) = jax.value_and_grad(loss, argnums=(0, 1, 2))(
             project(part), accumulator(part.targets) if arrays.soft else None, shared
         )
-        flat = dlogits.reshape(real.size, -1)
+        flat = dlogits.reshape(real.size, matrix.shape[0])
         half = flat.astype(part.inputs.dtype)  # the products take operands of the inputs' dtype
         carry = (
             total + value,

@@ -87,6 +87,7 @@ def linear_log_prob(
     inputs = _checks.floating_array(name, "inputs", inputs)
     linear_weight = _checks.floating_array(name, "linear_weight", linear_weight)
     logits = _checks.projection(name, inputs, linear_weight)
+    _checks.some_classes(name, linear_weight)
     bounded = class_axis_name is None
     arrays = Arrays(
         inputs=inputs,
@@ -114,7 +115,7 @@ def _linear_log_prob(arrays: Arrays, *, settings: Settings) -> LinearLogProb:
 def _slab(settings: Settings, _: None, part: Arrays, real: Bool[Array, " tokens"]) -> tuple[None, LinearLogProb]:
     logits = soft_cap(project(part), part.logit_softcap)
     logits = logits if part.temperature is None else logits / part.temperature
-    kept = (part.targets != settings.ignore_index) & real.reshape(-1, *[1] * len(part.inner))
+    kept = (part.targets != settings.ignore_index) & real.reshape(real.size, *[1] * len(part.inner))
     losses = losses_of_rows(settings.axis, logits, part.targets, None, None, None, settings.ignore_index)
     return None, LinearLogProb(
         jnp.where(kept, -losses, 0), entropy(settings.axis, logits, kept), settings.axis.argmax(logits)

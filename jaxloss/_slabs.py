@@ -42,10 +42,16 @@ class Arrays(NamedTuple):
     def flat(self) -> "Arrays":
         """With a single axis of tokens."""
         leading = self.inputs.ndim - 1
+        tokens = math.prod(self.inputs.shape[:leading])
         return self._replace(
-            inputs=self.inputs.reshape(-1, self.inputs.shape[-1]),
-            targets=self.targets.reshape(-1, *self.targets.shape[leading:]),
+            inputs=self.inputs.reshape(tokens, self.inputs.shape[-1]),
+            targets=self.targets.reshape(tokens, *self.targets.shape[leading:]),
         )
+
+    def matrix(self) -> Float[Array, "outputs features"]:
+        """The weight with a single axis of outputs."""
+        *out, features = self.linear_weight.shape
+        return self.linear_weight.reshape(math.prod(out), features)
 
 
 SCALARS = ("label_smoothing", "z_loss", "logit_softcap", "temperature")
@@ -101,9 +107,8 @@ def zeros(shape: tuple[int, ...], inputs: Array, *others: Array) -> Float[Array,
 
 def project(arrays: Arrays) -> Float[Array, "..."]:
     """(tokens, classes, d1, ..., dK) logits in the accumulator's dtype: one matrix product and the bias."""
-    *out, features = arrays.linear_weight.shape
-    matrix = arrays.linear_weight.reshape(-1, features)
-    logits = dot(arrays.inputs, matrix, ((1,), (1,))).reshape(-1, *out)
+    products = dot(arrays.inputs, arrays.matrix(), ((1,), (1,)))
+    logits = products.reshape(arrays.inputs.shape[0], *arrays.linear_weight.shape[:-1])
     return logits if arrays.linear_bias is None else logits + arrays.linear_bias.astype(logits.dtype)[None]
 
 
@@ -134,7 +139,7 @@ def scan(settings: Settings, step: Step, start: Any, arrays: Arrays) -> tuple[An
         return jnp.moveaxis(jnp.pad(x, padding, constant_values=filler).reshape(size, slabs, *x.shape[1:]), 1, 0)
 
     def join(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:tokens]
+        return jnp.moveaxis(x, 0, 1).reshape(size * slabs, *x.shape[2:])[:tokens]
 
     def body(carry: Any, xs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         inputs, targets, slab = xs

@@ -1,6 +1,7 @@
 """linear_cross_entropy against PyTorch's, against our own cross_entropy of the whole logits, and in memory."""
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -368,6 +369,20 @@ def test_wrong_targets_are_what_they_are_in_cross_entropy():
     loss, gradient = step(x, jnp.array([0, 5, 1]))
     assert np.isnan(loss)
     assert np.isnan(gradient).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("features", "classes"), [(0, 5), (4, 0), (4, 1)])
+def test_no_features_no_classes_and_one_class_are_as_in_cross_entropy(features, classes, reduction):
+    x, w = jnp.ones((3, features)), jnp.ones((classes, features))
+    t = jnp.array([0, 0, -100]) if classes else jnp.full(3, -100)
+
+    def evaluate(loss):
+        return jax.value_and_grad(lambda x, w: jnp.sum(loss(x, w)), (0, 1))(x, w)
+
+    ours = evaluate(lambda x, w: jaxloss.linear_cross_entropy(x, w, t, reduction=reduction, memory_budget=1))
+    whole = evaluate(lambda x, w: jaxloss.cross_entropy(x @ w.T, t, reduction=reduction))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), ours, whole)
 
 
 @pytest.mark.parametrize("leading", [(), (7,), (2, 3), (2, 0)])

@@ -158,6 +158,8 @@ def test_edge_values():
         jaxloss.linear_log_prob(jnp.ones((2, 2)), weight, np.array([0, 3]))
     with pytest.raises(ValueError, match="temperature must be above 0"):
         jaxloss.linear_log_prob(jnp.ones((2, 2)), weight, np.array([0, 1]), temperature=0.0)
+    with pytest.raises(ValueError, match="at least one class"):
+        jaxloss.linear_log_prob(jnp.ones((2, 2)), weight[:0], np.array([-100, -100]))
     with pytest.raises(TypeError, match="targets must be integers"):
         jaxloss.linear_log_prob(jnp.ones((2, 2)), weight, np.ones((2, 3)) / 3)
 
