@@ -274,7 +274,7 @@ def test_no_buffer_has_all_logits_and_nothing_scatters_into_classes():
     sizes = [int(np.prod([int(n) for n in shape.split(",")])) for shape in re.findall(r"f32\[([\d,]+)\]", text)]
     assert max(sizes) == 16 * classes
     scattered = re.findall(r"= \w+\[([\d,]+)\]\S* scatter\(", text)
-    assert set(scattered) <= {"16,96"}, "one element to a token of a slab's logits, none of weight or bias"
+    assert set(scattered) == {"16,96"}, "one element to a token of a slab's logits, none of weight or bias"
 
 
 def test_forward_over_reverse_stays_within_the_slabs():
@@ -327,7 +327,8 @@ def test_flax_kernel_transposed_is_not_copied():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # PyTorch's own use of torch.jit
 def test_pytorchs_chunked_path_has_no_smoothing_no_second_derivatives_and_forward_mode_of_zero():
-    x, w, t = torch.randn(64, 8, requires_grad=True), torch.randn(128, 8), torch.arange(64)
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    x, w, t = draw(64, 8, requires_grad=True), draw(128, 8), torch.arange(64)
 
     def chunked(x, **more):
         return F.linear_cross_entropy(x, w, t, options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=16), **more)
