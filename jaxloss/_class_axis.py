@@ -125,11 +125,10 @@ def _pick(axis: ClassAxis, spread: bool, x: Float[Array, "..."], targets: Intege
 @_pick.defjvp
 def _pick_jvp(axis: ClassAxis, spread: bool, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     x, targets = primals
-    if spread or not axis.scatters(x):
-        # The transpose of a masked sum is one elementwise select. The mask is not kept.
-        pick = jax.checkpoint(_pick_masked, prevent_cse=False, static_argnums=(0, 1))
-    else:
-        pick = _pick  # whose transpose, one scattered element to a row, XLA adds to the rest of the gradient in place
+    # The transpose of a masked sum is one elementwise select; that of a gather is one scattered element to a row, which
+    # XLA adds to the rest of the gradient in place. Neither the mask nor the index is kept.
+    pick = _pick_masked if spread or not axis.scatters(x) else _pick
+    pick = jax.checkpoint(pick, prevent_cse=False, static_argnums=(0, 1))
     return _pick(axis, spread, x, targets), pick(axis, spread, tangents[0], targets)
 
 

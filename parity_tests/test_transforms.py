@@ -222,10 +222,8 @@ def test_cross_entropy_keeps_no_second_array_of_the_size_of_the_logits():
     logits, targets = jnp.ones((64, 512)), jnp.zeros(64, jnp.int32)
     compiled = jax.jit(lambda z: jax.vjp(lambda z: jaxloss.cross_entropy(z, targets), z)[1]).eval_shape(logits)
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(compiled))
-    *rows, largest = sizes
-    assert largest == logits.size  # the logits
-    assert max(rows) <= 64, sizes  # a number to a row
-    assert len(rows) <= 16, sizes
+    assert sizes.count(logits.size) == 1, sizes  # the logits
+    assert sum(sizes) < logits.size + 10 * 64
 
 
 def test_log_softmax_keeps_its_output_alone():
