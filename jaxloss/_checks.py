@@ -174,7 +174,7 @@ def index_targets(
         except ValueError as error:
             raise TypeError(f"{name}: targets must be an array of integers, got a ragged sequence.") from error
     _index_dtype(name, targets.dtype, values, argument)
-    rows = _index_shape(name, targets.shape, values.shape, argument, axis)
+    rows = _index_shape(name, targets.shape, values, argument, axis)
     if bounded:
         _in_range(targets, values.shape[axis], ignore_index)
     if jnp.iinfo(targets.dtype).max > limit.max:  # a cast alone would wrap
@@ -195,16 +195,17 @@ def _index_dtype(name: str, dtype: np.dtype, values: Shaped, argument: str) -> N
         )
 
 
-def _index_shape(name: str, shape: tuple, values: tuple, argument: str, axis: int) -> tuple[int, ...]:
-    if not values:
+def _index_shape(name: str, shape: tuple, values: Shaped, argument: str, axis: int) -> tuple[int, ...]:
+    if not values.shape:
         raise ValueError(f"{name}: {argument} must have a class axis, got a scalar.")
-    rows = values[:axis] + values[axis + 1 :]
+    rows = values.shape[:axis] + values.shape[axis + 1 :]
     if shape != rows and not (rows == () and shape == (1,)):
-        last = axis == len(values) - 1
+        last = axis == values.ndim - 1
         layout = "PyTorch's (N, C, ...) layout pass axis=1" if last else "channels-last (N, ..., C) pass axis=-1"
+        has_axis = rows and not isinstance(values, jax.ShapeDtypeStruct)  # logits never made have no axis to pass
         raise ValueError(
             f"{name}: targets must have shape {rows} ({argument}.shape without axis {-1 if last else axis}), "
-            f"got {shape}.{f' For {layout}.' if rows else ''}"
+            f"got {shape}.{f' For {layout}.' if has_axis else ''}"
         )
     return rows
 

@@ -91,7 +91,9 @@ def linear_log_prob(
     bounded = class_axis_name is None
     arrays = Arrays(
         inputs=inputs,
-        targets=_checks.index_targets(name, targets, logits, "logits", inputs.ndim - 1, ignore_index, bounded=bounded),
+        targets=_checks.index_targets(
+            name, targets, logits, "log_prob", inputs.ndim - 1, ignore_index, bounded=bounded
+        ),
         linear_weight=linear_weight,
         linear_bias=_checks.bias(name, linear_bias, linear_weight.shape[:-1]),
         logit_softcap=_checks.positive(name, "logit_softcap", logit_softcap),
