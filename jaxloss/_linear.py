@@ -87,8 +87,9 @@ def linear_cross_entropy(
     Sharding: split the tokens, the classes or both over an Auto or Explicit mesh and call it under jit, or use it in
     `jax.shard_map`: with `class_axis_name` where that splits the classes, and with a global sum and count where it
     splits the tokens, as in `cross_entropy`. No logits, tokens or weights are gathered, but for weights split along
-    their features or over the tokens' own mesh axis. Explicit axes and `shard_map` add up the weight's gradient once,
-    Auto axes once a slab. A vocabulary that does not divide the mesh is padded with
+    their features or over the tokens' own mesh axis, and tokens of an Auto axis whose devices do not divide a slab
+    (the largest size in the budget that divides the tokens, preferring powers of two). Explicit axes and `shard_map`
+    add up the weight's gradient once, Auto axes once a slab. A vocabulary that does not divide the mesh is padded with
     `linear_bias=-inf` (and zero `linear_weight`): same loss, gradient 0 there, but no label smoothing.
 
     Examples:

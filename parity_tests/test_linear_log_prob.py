@@ -204,6 +204,23 @@ def test_split_tokens_and_classes_give_the_single_device_result(kind):
     assert max(gathered_sizes(compiled), default=0) <= (32 if kind is AxisType.Auto else 0)
 
 
+def test_class_axis_name_in_shard_map_gives_the_single_device_result():
+    arrays = {k: jnp.asarray(v, jnp.float32 if v.dtype == np.float64 else None) for k, v in draw(8, 64).items()}
+
+    def step(arrays, name=None):
+        def total(weight):
+            found = jaxloss.linear_log_prob(**(arrays | {"linear_weight": weight}), class_axis_name=name)
+            return jnp.sum(found.log_prob * found.entropy), found
+
+        return jax.grad(total, has_aux=True)(arrays["linear_weight"])
+
+    specs = {k: P("x") if k in ("linear_weight", "linear_bias") else P() for k in arrays}
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(partial(step, name="x"), mesh=mesh, in_specs=(specs,), out_specs=(P("x"), P()))
+    found, expected = jax.jit(sharded)(arrays), jax.jit(step)(arrays)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
+
+
 def test_temporaries_stay_within_the_budget_and_unused_results_cost_nothing():
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1000, 64), (8192, 64))]
     targets = jax.ShapeDtypeStruct((1000,), jnp.int32)
