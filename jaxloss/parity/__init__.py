@@ -4,11 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxloss.parity.optimizers import clip_grad_norm, optimizer
     from jaxloss.parity.weights import load_torch, to_torch
 
-__all__ = ["load_torch", "to_torch"]
+__all__ = ["clip_grad_norm", "load_torch", "optimizer", "to_torch"]
 
-_HOMES = {"load_torch": "weights", "to_torch": "weights"}
+_HOMES = {"clip_grad_norm": "optimizers", "load_torch": "weights", "optimizer": "optimizers", "to_torch": "weights"}
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,329 @@
+"""PyTorch's optimizers and learning-rate schedulers as optax transformations that take the same steps."""
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import torch
+from jaxtyping import Array, Float, Int, PyTree
+from torch.optim import lr_scheduler
+
+Options = Mapping[str, Any]  # one of PyTorch's param groups: hyperparameters by PyTorch's names
+Buffers = dict[str, Any]
+Schedule = Callable[[Int[Array, ""]], dict[str, Float[Array, ""]]]
+Rule = Callable[[Array, Array, Buffers, Int[Array, ""], Options], tuple[Array, Buffers]]
+
+
+class OptimizerState(NamedTuple):
+    """State of `optimizer`'s transformation."""
+
+    step: Int[Array, ""]  # updates so far
+    buffers: dict[
+        str, PyTree
+    ]  # by the names of PyTorch's state ("exp_avg", "momentum_buffer", …), each like the params
+
+
+def optimizer(
+    torch_optimizer: torch.optim.Optimizer,
+    scheduler: lr_scheduler.LRScheduler | None = None,
+    *,
+    steps_per_epoch: int = 1,
+    groups: PyTree[int] | None = None,
+) -> optax.GradientTransformation:
+    """Returns the optax transformation that takes the steps of a PyTorch optimizer.
+
+    Every option is read from the optimizer's param groups: SGD (momentum, dampening, nesterov), Adam (weight_decay is
+    L2), AdamW (decoupled), RMSprop (centered, momentum), Adagrad and Adadelta, with `amsgrad`, `maximize` and
+    `weight_decay`. Optax's functions of the same names have other defaults and in places other formulas. Adam's bias
+    correction 1 - βᵗ keeps its digits in float32, where optax subtracts two numbers near 1.
+
+    Args:
+        torch_optimizer: read now, and neither kept nor changed. Its moments are not taken over: the state starts
+            fresh.
+        scheduler: StepLR, ExponentialLR, CosineAnnealingLR or OneCycleLR of this optimizer, as if
+            `scheduler.step()` followed every `optimizer.step()`. It goes on from where it is. OneCycleLR moves the
+            momentum, or Adam's first beta, as well.
+        steps_per_epoch: updates between two calls of `scheduler.step()`: 1 for a schedule over batches, the number of
+            batches for one over epochs.
+        groups: for an optimizer with several param groups that differ: the index of each parameter's group, as a
+            pytree of integers like the params or a prefix of them.
+
+    Returns:
+        The transformation. `update` needs `params` where there is weight decay. Its state names its buffers as
+        PyTorch does. Past the end of OneCycleLR, where PyTorch raises, the updates are NaN.
+
+    Raises:
+        TypeError: an optimizer or scheduler of another kind.
+        ValueError: the scheduler belongs to another optimizer; param groups differ and `groups` is not given.
+
+    Examples:
+        >>> import jax.numpy as jnp, torch
+        >>> from jaxloss import parity
+        >>> sgd = torch.optim.SGD([torch.zeros(1)], lr=0.5, momentum=0.9)
+        >>> ours = parity.optimizer(sgd)
+        >>> state = ours.init(jnp.zeros(1))
+        >>> updates, state = ours.update(jnp.ones(1), state)
+        >>> updates, state = ours.update(jnp.ones(1), state)
+        >>> updates
+        Array([-0.95], dtype=float32)
+
+    References:
+        https://docs.pytorch.org/docs/stable/optim.html
+    """
+    if type(torch_optimizer) not in _OPTIMIZERS:
+        raise TypeError(
+            f"optimizer: {type(torch_optimizer).__name__} has no translation, only {', '.join(_named(_OPTIMIZERS))}."
+        )
+    if scheduler is not None and scheduler.optimizer is not torch_optimizer:
+        raise ValueError("optimizer: the scheduler belongs to another optimizer; pass the one that it was made with.")
+    transformations: dict[Hashable, optax.GradientTransformation] = {
+        index: _transformation(type(torch_optimizer), _options(group), _schedule(scheduler, index, steps_per_epoch))
+        for index, group in enumerate(torch_optimizer.param_groups)
+    }
+    if groups is not None:
+        return optax.partition(transformations, groups)
+    if any(_options(group) != _options(torch_optimizer.param_groups[0]) for group in torch_optimizer.param_groups):
+        raise ValueError(
+            "optimizer: the param groups differ, so it must be known which parameter is in which: pass groups=, a "
+            "pytree of group indices like the params."
+        )
+    return transformations[0]
+
+
+def clip_grad_norm(max_norm: float, norm_type: float = 2.0) -> optax.GradientTransformation:
+    """Returns PyTorch's `clip_grad_norm_` as an optax transformation, to be chained before the optimizer.
+
+    All gradients are multiplied by min(1, max_norm / (norm + 1e-6)), the norm being that of all of them together.
+    `optax.clip_by_global_norm` leaves out the 1e-6.
+
+    Args:
+        max_norm: the largest norm that is let through.
+        norm_type: the p of the p-norm; `math.inf` for the largest absolute value.
+
+    Returns:
+        A transformation without state. A norm that is not finite is passed on, as with PyTorch's default
+        `error_if_nonfinite=False`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxloss import parity
+        >>> clip = parity.clip_grad_norm(1.0)
+        >>> clip.update(jnp.array([3.0, 4.0]), clip.init(None))[0].round(3)
+        Array([0.6, 0.8], dtype=float32)
+
+    References:
+        https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html
+    """
+
+    def clip(gradients: PyTree) -> PyTree:
+        norms = [jnp.linalg.norm(jnp.ravel(leaf), norm_type) for leaf in jax.tree.leaves(gradients)]
+        factor = jnp.minimum(1.0, max_norm / (jnp.linalg.norm(jnp.stack(norms), norm_type) + 1e-6))
+        return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), gradients)
+
+    return optax.stateless(lambda gradients, _: clip(gradients))
+
+
+def _transformation(kind: type, options: Options, schedule: Schedule) -> optax.GradientTransformation:
+    rule, buffers = _OPTIMIZERS[kind]
+
+    def init(params: PyTree) -> OptimizerState:
+        fill = options.get("initial_accumulator_value", 0.0)
+        return OptimizerState(
+            jnp.zeros([], jnp.int32),
+            {name: jax.tree.map(lambda leaf: jnp.full_like(leaf, fill), params) for name in buffers(options)},
+        )
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, OptimizerState]:
+        if params is None and options["weight_decay"]:
+            raise ValueError("optimizer: weight decay needs the parameters: update(gradients, state, params).")
+        gradients, structure = jax.tree.flatten(updates)
+        weights = structure.flatten_up_to(updates if params is None else params)
+        buffers = {name: structure.flatten_up_to(tree) for name, tree in state.buffers.items()}
+        now, step = {**options, **schedule(state.step)}, state.step + 1
+        steps, changed = [], []
+        for i, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
+            own = {name: leaves[i] for name, leaves in buffers.items()}
+            change, own = _step(rule, gradient, weight, own, step, now)
+            steps.append(change)
+            changed.append(own)
+        trees = {name: structure.unflatten([own[name] for own in changed]) for name in buffers}
+        return structure.unflatten(steps), OptimizerState(step, trees)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _step(
+    rule: Rule, gradient: Array, weight: Array, buffers: Buffers, step: Int[Array, ""], options: Options
+) -> tuple[Array, Buffers]:
+    """What is added to one weight, and its new buffers, in its dtype."""
+    gradient = -gradient if options["maximize"] else gradient
+    decay = options["weight_decay"]
+    if decay and not options.get("decoupled_weight_decay"):
+        gradient = gradient + decay * weight
+    update, buffers = rule(gradient, weight, buffers, step, options)
+    if decay and options.get("decoupled_weight_decay"):
+        update = update - options["lr"] * decay * weight
+    return update.astype(weight.dtype), {name: new.astype(weight.dtype) for name, new in buffers.items()}
+
+
+def _sgd(gradient: Array, weight: Array, buffers: Buffers, step: Array, options: Options) -> tuple[Array, Buffers]:
+    if not buffers:
+        return -options["lr"] * gradient, {}
+    momentum = options["momentum"]
+    # The first buffer is the gradient itself, whatever the dampening.
+    kept = jnp.where(step == 1, 0.0, options["dampening"])
+    buffer = momentum * buffers["momentum_buffer"] + (1 - kept) * gradient
+    direction = gradient + momentum * buffer if options["nesterov"] else buffer
+    return -options["lr"] * direction, {"momentum_buffer": buffer}
+
+
+def _adam(gradient: Array, weight: Array, buffers: Buffers, step: Array, options: Options) -> tuple[Array, Buffers]:
+    beta1, beta2 = options["betas"]
+    mean = buffers["exp_avg"] + (1 - beta1) * (gradient - buffers["exp_avg"])
+    square = beta2 * buffers["exp_avg_sq"] + (1 - beta2) * gradient * gradient
+    new = {"exp_avg": mean, "exp_avg_sq": square}
+    if "max_exp_avg_sq" in buffers:
+        new["max_exp_avg_sq"] = square = jnp.maximum(buffers["max_exp_avg_sq"], square)
+    scale = jnp.sqrt(square) / jnp.sqrt(_one_minus_power(beta2, step)) + options["eps"]
+    return -options["lr"] / _one_minus_power(beta1, step) * mean / scale, new
+
+
+def _rmsprop(gradient: Array, weight: Array, buffers: Buffers, step: Array, options: Options) -> tuple[Array, Buffers]:
+    alpha = options["alpha"]
+    square = alpha * buffers["square_avg"] + (1 - alpha) * gradient * gradient
+    new = {"square_avg": square}
+    if "grad_avg" in buffers:
+        new["grad_avg"] = mean = buffers["grad_avg"] + (1 - alpha) * (gradient - buffers["grad_avg"])
+        square = square - mean * mean
+    direction = gradient / (jnp.sqrt(square) + options["eps"])
+    if "momentum_buffer" in buffers:
+        new["momentum_buffer"] = direction = options["momentum"] * buffers["momentum_buffer"] + direction
+    return -options["lr"] * direction, new
+
+
+def _adagrad(gradient: Array, weight: Array, buffers: Buffers, step: Array, options: Options) -> tuple[Array, Buffers]:
+    total = buffers["sum"] + gradient * gradient
+    rate = options["lr"] / (1 + (step - 1) * options["lr_decay"])
+    return -rate * gradient / (jnp.sqrt(total) + options["eps"]), {"sum": total}
+
+
+def _adadelta(gradient: Array, weight: Array, buffers: Buffers, step: Array, options: Options) -> tuple[Array, Buffers]:
+    rho, eps = options["rho"], options["eps"]
+    square = rho * buffers["square_avg"] + (1 - rho) * gradient * gradient
+    delta = jnp.sqrt(buffers["acc_delta"] + eps) / jnp.sqrt(square + eps) * gradient
+    return -options["lr"] * delta, {
+        "square_avg": square,
+        "acc_delta": rho * buffers["acc_delta"] + (1 - rho) * delta * delta,
+    }
+
+
+def _adam_buffers(options: Options) -> list[str]:
+    return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if options["amsgrad"] else [])]
+
+
+def _rmsprop_buffers(options: Options) -> list[str]:
+    optional = {"grad_avg": options["centered"], "momentum_buffer": options["momentum"] > 0}
+    return ["square_avg", *(name for name, used in optional.items() if used)]
+
+
+_OPTIMIZERS: dict[type, tuple[Rule, Callable[[Options], list[str]]]] = {
+    torch.optim.SGD: (_sgd, lambda options: ["momentum_buffer"] if options["momentum"] else []),
+    torch.optim.Adam: (_adam, _adam_buffers),
+    torch.optim.AdamW: (_adam, _adam_buffers),
+    torch.optim.RMSprop: (_rmsprop, _rmsprop_buffers),
+    torch.optim.Adagrad: (_adagrad, lambda options: ["sum"]),
+    torch.optim.Adadelta: (_adadelta, lambda options: ["square_avg", "acc_delta"]),
+}
+
+
+def _named(kinds: Mapping[type, Any]) -> list[str]:
+    return [kind.__name__ for kind in kinds]
+
+
+def _one_minus_power(beta: float | Array, step: Int[Array, ""]) -> Float[Array, ""]:
+    """1 - betaᵗ, without the cancellation that costs float32 four digits at beta 0.999."""
+    if isinstance(beta, jax.Array):
+        return -jnp.expm1(step * jnp.log(beta))
+    return -jnp.expm1(step * (math.log(beta) if beta else -math.inf))
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a param group, as Python numbers."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(plain(item) for item in value)
+        return value.item() if isinstance(value, torch.Tensor) else value
+
+    return {name: plain(value) for name, value in group.items() if name not in ("params", "param_names")}
+
+
+def _schedule(scheduler: lr_scheduler.LRScheduler | None, index: int, steps_per_epoch: int) -> Schedule:
+    """The options of a param group that change, as a function of the number of updates made."""
+    if scheduler is None:
+        return lambda count: {}
+    if type(scheduler) not in _SCHEDULERS:
+        raise TypeError(
+            f"optimizer: {type(scheduler).__name__} has no translation, only {', '.join(_named(_SCHEDULERS))}."
+        )
+    changing = _SCHEDULERS[type(scheduler)](scheduler, _options(scheduler.optimizer.param_groups[index]))
+    start = scheduler.last_epoch
+    return lambda count: changing(start + count // steps_per_epoch)
+
+
+def _step_lr(scheduler: Any, group: Options) -> Schedule:
+    base, gamma, size = group["initial_lr"], scheduler.gamma, scheduler.step_size
+    return lambda epoch: {"lr": base * gamma ** (epoch // size)}
+
+
+def _exponential_lr(scheduler: Any, group: Options) -> Schedule:
+    base, gamma = group["initial_lr"], scheduler.gamma
+    return lambda epoch: {"lr": base * gamma**epoch}
+
+
+def _cosine_annealing_lr(scheduler: Any, group: Options) -> Schedule:
+    base, least, period = group["initial_lr"], scheduler.eta_min, scheduler.T_max
+    return lambda epoch: {"lr": least + (base - least) * (1 + jnp.cos(math.pi * epoch / period)) / 2}
+
+
+def _one_cycle_lr(scheduler: Any, group: Options) -> Schedule:
+    phases = scheduler._schedule_phases  # PyTorch keeps the three_phase option nowhere else
+    anneal = {"cos": _anneal_cosine, "linear": _anneal_linear}[scheduler._anneal_func_type]
+
+    def along(epoch: Array, what: str) -> Array:
+        start, value = 0.0, jnp.nan
+        for i, phase in enumerate(phases):
+            part = (epoch - start) / (phase["end_step"] - start)
+            here = anneal(group[phase[f"start_{what}"]], group[phase[f"end_{what}"]], part)
+            value = here if i == 0 else jnp.where(epoch <= start, value, here)
+            start = phase["end_step"]
+        return jnp.where(epoch > scheduler.total_steps, jnp.nan, value)
+
+    def changing(epoch: Array) -> dict[str, Any]:
+        options: dict[str, Any] = {"lr": along(epoch, "lr")}
+        if scheduler.cycle_momentum and scheduler.use_beta1:
+            options["betas"] = (along(epoch, "momentum"), group["betas"][1])
+        elif scheduler.cycle_momentum:
+            options["momentum"] = along(epoch, "momentum")
+        return options
+
+    return changing
+
+
+def _anneal_cosine(start: float, end: float, part: Array) -> Array:
+    return end + (start - end) / 2 * (1 + jnp.cos(math.pi * part))
+
+
+def _anneal_linear(start: float, end: float, part: Array) -> Array:
+    return start + (end - start) * part
+
+
+_SCHEDULERS: dict[type, Callable[[Any, Options], Schedule]] = {
+    lr_scheduler.StepLR: _step_lr,
+    lr_scheduler.ExponentialLR: _exponential_lr,
+    lr_scheduler.CosineAnnealingLR: _cosine_annealing_lr,
+    lr_scheduler.OneCycleLR: _one_cycle_lr,
+}
