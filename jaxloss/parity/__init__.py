@@ -4,12 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxloss.parity._check import check
+    from jaxloss.parity._report import Report
     from jaxloss.parity.optimizers import clip_grad_norm, optimizer
     from jaxloss.parity.weights import load_torch, to_torch
 
-__all__ = ["clip_grad_norm", "load_torch", "optimizer", "to_torch"]
+__all__ = ["Report", "check", "clip_grad_norm", "load_torch", "optimizer", "to_torch"]
 
-_HOMES = {"clip_grad_norm": "optimizers", "load_torch": "weights", "optimizer": "optimizers", "to_torch": "weights"}
+_HOMES = {
+    "Report": "_report",
+    "check": "_check",
+    "clip_grad_norm": "optimizers",
+    "load_torch": "weights",
+    "optimizer": "optimizers",
+    "to_torch": "weights",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -32,7 +32,7 @@ def read_state_dict(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[
         raise TypeError(f"{source} holds a {type(entries).__name__}, expected a dict of arrays by name.")
     arrays, others = {}, []
     for name, value in entries.items():
-        array = _to_numpy(value)
+        array = to_array(value)
         if array is None or not isinstance(name, str):
             others.append(f"{name!r} is a {type(value).__name__}")
         elif name.rpartition(".")[2] != "num_batches_tracked":
@@ -64,7 +64,7 @@ def _read_file(path: Path) -> Any:
         ) from error
 
 
-def _to_numpy(value: Any) -> np.ndarray | None:
+def to_array(value: Any) -> np.ndarray | None:
     """A view of an array of any of the three libraries, None for anything else."""
     torch = sys.modules.get("torch")  # no tensor can exist without it
     if torch is not None and isinstance(value, torch.Tensor):

@@ -3,18 +3,17 @@
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxloss.parity._layout import Layout, Shape, permuted, same
 from jaxloss.parity._state_dict import read_state_dict
 
 Module = TypeVar("Module", bound=nnx.Module)
-Shape = tuple[int, ...]
 FeatureMaps = Mapping[str, Sequence[int]]
 
 
@@ -63,11 +62,11 @@ def load_torch(
         https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html#torch.nn.Module.load_state_dict
     """
     arrays = read_state_dict(state_dict)
-    weights = _weights(module, flatten)
+    weights = weights_of(module, flatten)
     _check_fit(type(module).__name__, weights, arrays)
-    for name, (variable, layout) in weights.items():
+    for name, weight in weights.items():
         # Our own copy, because jnp.asarray may alias a NumPy array, and that one PyTorch's memory.
-        variable.set_value(jnp.asarray(np.array(layout.to_flax(arrays[name]), order="C")))
+        weight.variable.set_value(jnp.asarray(np.array(weight.layout.to_flax(arrays[name]), order="C")))
     return module
 
 
@@ -94,30 +93,9 @@ def to_torch(module: nnx.Module, *, flatten: FeatureMaps | None = None) -> dict[
     """
     # Contiguous, because safetensors writes the wrong elements of an array that is not.
     return {
-        name: np.array(layout.to_torch(np.asarray(variable.get_value())), order="C")
-        for name, (variable, layout) in _weights(module, flatten).items()
+        name: np.array(weight.layout.to_torch(np.asarray(weight.variable.get_value())), order="C")
+        for name, weight in weights_of(module, flatten).items()
     }
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How a Flax array becomes PyTorch's: split its axes, flip some, permute them, merge them."""
-
-    shape: Shape  # Flax's
-    split: Shape
-    order: Shape
-    merged: Shape  # PyTorch's
-    flip: Shape = ()
-
-    def to_torch(self, array: np.ndarray) -> np.ndarray:
-        return self._flipped(array.reshape(self.split)).transpose(self.order).reshape(self.merged)
-
-    def to_flax(self, array: np.ndarray) -> np.ndarray:
-        permuted = array.reshape([self.split[axis] for axis in self.order])
-        return self._flipped(permuted.transpose(np.argsort(self.order))).reshape(self.shape)
-
-    def _flipped(self, array: np.ndarray) -> np.ndarray:
-        return np.flip(array, self.flip) if self.flip else array  # np.flip makes a 0-D array a scalar
 
 
 Linear = nnx.Linear | nnx.LinearGeneral
@@ -134,18 +112,30 @@ _NAMES = {  # PyTorch's, where the two differ
 }
 _NOT_WEIGHTS = (nnx.Cache, nnx.Intermediate, nnx.RngState)
 
-Weights = dict[str, tuple[nnx.Variable, _Layout]]
+
+class Weight(NamedTuple):
+    """One variable that PyTorch would save."""
+
+    variable: nnx.Variable
+    layout: Layout
+    layer: object
+    layer_name: str  # as PyTorch would have it
 
 
-def _weights(module: nnx.Module, flatten: FeatureMaps | None) -> Weights:
-    """Every variable that PyTorch would save, and its layout, by PyTorch's name."""
+Weights = dict[str, Weight]
+
+
+def weights_of(module: nnx.Module, flatten: FeatureMaps | None) -> Weights:
+    """Every variable that PyTorch would save, by PyTorch's name."""
     found = list(_walk(module))
     _check_flatten({".".join(path): layer for path, layer, _, _ in found}, flatten)
     weights = {}
     for path, layer, attribute, variable in found:
-        feature_map = tuple((flatten or {}).get(".".join(path), ()))
+        layer_name = ".".join(path)
+        feature_map = tuple((flatten or {}).get(layer_name, ()))
         name = _NAMES.get(attribute, attribute) if isinstance(layer, _LAYERS) else attribute
-        weights[".".join((*path, name))] = variable, _layout(layer, attribute, variable.shape, feature_map)
+        layout = _layout(layer, attribute, variable.shape, feature_map)
+        weights[".".join((*path, name))] = Weight(variable, layout, layer, layer_name)
     return weights
 
 
@@ -169,33 +159,29 @@ def _walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
             yield from _walk(child, path if isinstance(node, nnx.Sequential) else (*path, str(attribute)))
 
 
-def _layout(layer: object, attribute: str, shape: Shape, feature_map: Shape) -> _Layout:
+def _layout(layer: object, attribute: str, shape: Shape, feature_map: Shape) -> Layout:
     match layer:
         case nnx.Linear() | nnx.LinearGeneral():
             return _linear_layout(layer, attribute, shape, feature_map)
         case nnx.Conv() | nnx.ConvTranspose() if attribute == "kernel":
             *spatial, inputs, outputs = range(len(shape))
             if isinstance(layer, nnx.Conv) or layer.transpose_kernel:
-                return _permuted(shape, (outputs, inputs, *spatial))
-            return _permuted(shape, (inputs, outputs, *spatial), flip=tuple(spatial))  # Flax does not flip it
+                return permuted(shape, (outputs, inputs, *spatial))
+            return permuted(shape, (inputs, outputs, *spatial), flip=tuple(spatial))  # Flax does not flip it
         case nnx.PReLU():
-            return _Layout(shape, split=(), order=(), merged=(1,))
-    return _permuted(shape, tuple(range(len(shape))))
+            return Layout(shape, split=(), order=(), merged=(1,))
+    return same(shape)
 
 
-def _permuted(shape: Shape, order: Shape, flip: Shape = ()) -> _Layout:
-    return _Layout(shape, shape, order, tuple(shape[axis] for axis in order), flip)
-
-
-def _linear_layout(layer: Linear, attribute: str, shape: Shape, feature_map: Shape) -> _Layout:
+def _linear_layout(layer: Linear, attribute: str, shape: Shape, feature_map: Shape) -> Layout:
     """PyTorch has (outputs, inputs), both flattened."""
     reads = math.prod(feature_map) == math.prod(_sizes(layer.in_features))
     inputs, input_order = _axes(layer.in_features, feature_map if reads else ())
     outputs, output_order = _axes(layer.out_features, () if reads else feature_map)
     if attribute == "bias":
-        return _Layout(shape, outputs, output_order, (math.prod(outputs),))
+        return Layout(shape, outputs, output_order, (math.prod(outputs),))
     order = (*(len(inputs) + axis for axis in output_order), *input_order)
-    return _Layout(shape, inputs + outputs, order, (math.prod(outputs), math.prod(inputs)))
+    return Layout(shape, inputs + outputs, order, (math.prod(outputs), math.prod(inputs)))
 
 
 def _axes(features: int | Sequence[int], feature_map: Shape) -> tuple[Shape, Shape]:
@@ -263,7 +249,7 @@ def _check_fit(module: str, weights: Weights, arrays: Mapping[str, np.ndarray]) 
     shapes, dtypes, tied = [], [], []
     first_names: dict[int, str] = {}
     for name in sorted(weights.keys() & arrays.keys()):
-        (variable, layout), array = weights[name], arrays[name]
+        (variable, layout, *_), array = weights[name], arrays[name]
         first = first_names.setdefault(id(variable), name)
         if array.shape != layout.merged:
             shapes.append(f"{name} is {array.shape}, expected {layout.merged}")

@@ -1,0 +1,377 @@
+"""What ports do otherwise: for each PyTorch function, the calls that a faulty port makes in its place."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+
+@dataclass(frozen=True)
+class Change:
+    """One such call: what it means, how to mend it, and the result in PyTorch."""
+
+    meaning: str
+    fix: str
+    result: Callable[[], Tensor]
+
+
+def changes(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    """Everything that a port may have done instead of this call."""
+    rule = _RULES.get(getattr(function, "__name__", "").strip("_"))
+    if rule is not None:
+        yield from rule(function, args, kwargs)
+
+
+def dropped(x: Tensor, source: Tensor, p: float) -> Tensor:
+    """What dropout made of `source`: stands for the call in `changes`."""
+    return x
+
+
+def insertions(x: Tensor) -> Iterator[Change]:
+    """What a port may have done on top."""
+    axis = 1 if x.ndim > 1 else 0
+    for name, function in {**_ACTIVATIONS, **_softmaxes(axis)}.items():
+        yield Change(f"the port applies {name} here, PyTorch does not", f"remove {name}", lambda f=function: f(x))
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu with approximate=True": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "elu": F.elu,
+    "leaky_relu": F.leaky_relu,
+    "relu6": F.relu6,
+    "softplus": F.softplus,
+}
+
+
+def _softmaxes(axis: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    return {"softmax": lambda x: F.softmax(x, axis), "log_softmax": lambda x: F.log_softmax(x, axis)}
+
+
+def _activation(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    name = function.__name__
+    for other, instead in _ACTIVATIONS.items():
+        fix = "pass approximate=False to jax.nn.gelu" if (name, other[:4]) == ("gelu", "gelu") else f"use {name}"
+        yield Change(f"the port applies {other} where PyTorch applies {name}", fix, lambda f=instead: f(args[0]))
+    yield Change(f"the port leaves out {name}", f"apply {name}", lambda: args[0])
+
+
+def _softmax(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    name, x = function.__name__, args[0]
+    yield Change(f"the port leaves out {name}", _SOFTMAX_FIX[name], lambda: x)
+    for axis in range(x.ndim):
+        for other, instead in _softmaxes(axis).items():
+            yield Change(
+                f"the port applies {other} over axis {axis}",
+                f"apply {name} over the axis of PyTorch's dim",
+                lambda f=instead: f(x),
+            )
+
+
+_SOFTMAX_FIX = {
+    "softmax": "apply softmax",
+    "log_softmax": "end with log_softmax: nll_loss takes log-probabilities; logits belong in cross_entropy",
+}
+
+
+def _conv(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    x, weight, axes = given["input"], given["weight"], given["weight"].ndim - 2
+    padding = given.get("padding", 0)
+
+    def again(**other: Any) -> Callable[[], Tensor]:
+        return lambda: function(**{**given, **other})
+
+    def same() -> Tensor:
+        pads: list[int] = []
+        for axis in reversed(range(axes)):
+            step, wide = (_at(given.get(name, 1), axis) for name in ("stride", "dilation"))
+            size, kernel = x.shape[2 + axis], wide * (weight.shape[2 + axis] - 1) + 1
+            total = max((math.ceil(size / step) - 1) * step + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return function(**{**given, "input": F.pad(x, pads), "padding": 0})
+
+    fix = f"pass padding={padding} to the Flax layer: its default is SAME, PyTorch's is 0"
+    yield Change(f"the port pads SAME, PyTorch {padding}", fix, same)
+    yield Change(f"the port pads nothing, PyTorch {padding}", f"pass padding={padding}", again(padding=0))
+    pads = (
+        [_at(padding, axis) for axis in reversed(range(axes)) for _ in (0, 1)]
+        if padding not in ("same", "valid")
+        else []
+    )
+    for mode, name in {"circular": "CIRCULAR", "reflect": "REFLECT"}.items():
+        if any(pads):
+            padded = lambda mode=mode: F.pad(x, pads, mode=mode)  # noqa: E731
+            yield Change(
+                f"the port pads {name}, PyTorch with zeros",
+                f"pass padding={padding}",
+                lambda p=padded: again(input=p(), padding=0)(),
+            )
+    yield from _kernels(again, weight, range(2, weight.ndim))
+    yield _no_bias(again)
+
+
+def _linear(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+
+    def again(**other: Any) -> Callable[[], Tensor]:
+        return lambda: function(**{**given, **other})
+
+    yield from _kernels(again, given["weight"], ())
+    yield _no_bias(again)
+
+
+def _kernels(again: Callable[..., Callable[[], Tensor]], weight: Tensor, spatial: Any) -> Iterator[Change]:
+    fix = "convert with jaxloss.parity.load_torch"
+    yield Change("the kernel's inputs and outputs are swapped", fix, again(weight=weight.transpose(0, 1)))
+    if len(spatial) > 1:
+        yield Change("the kernel's height and width are swapped", fix, again(weight=weight.transpose(-1, -2)))
+    if spatial:
+        yield Change("the kernel is flipped", fix, again(weight=weight.flip(tuple(spatial))))
+
+
+def _no_bias(again: Callable[..., Callable[[], Tensor]]) -> Change:
+    return Change("the port adds no bias", "copy the bias, and keep use_bias=True", again(bias=None))
+
+
+def _norm(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    names = _NORM_ARGUMENTS[function.__name__]
+    given = dict(zip(names, args, strict=False)) | kwargs
+
+    def again(**other: Any) -> Callable[[], Tensor]:
+        return lambda: function(**{**given, **other})
+
+    eps = given.get("eps", 1e-5)
+    for other in (1e-3, 1e-5, 1e-6, 1e-8, 1e-12, 0.0):
+        yield Change(f"the port's epsilon is {other:g}, PyTorch's {eps:g}", f"pass epsilon={eps:g}", again(eps=other))
+    if "training" in given:
+        which = "running statistics", "those of the batch"
+        ours, theirs = which if given["training"] else which[::-1]
+        fix = f"call {'train' if given['training'] else 'eval'}() on the port"
+        statistics = {name: t.clone() for name in ("running_mean", "running_var") if (t := given.get(name)) is not None}
+        yield Change(
+            f"the port normalises by {ours}, PyTorch by {theirs}",
+            fix,
+            again(training=not given["training"], **statistics),
+        )
+        if statistics:
+            fresh = {
+                "running_mean": torch.zeros_like(statistics["running_mean"]),
+                "running_var": torch.ones_like(statistics["running_var"]),
+            }
+            yield Change(
+                "the port's running statistics are still the initial ones",
+                "copy running_mean and running_var",
+                again(**fresh),
+            )
+    for name in ("weight", "bias"):
+        yield Change(
+            f"the port has no {'scale' if name == 'weight' else name}", f"copy the {name}", again(**{name: None})
+        )
+
+
+_NORM_ARGUMENTS = {
+    "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
+    "rms_norm": ("input", "normalized_shape", "weight", "eps"),
+    "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
+    "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    "instance_norm": ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
+}
+
+
+def _pool(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    names = ("input", "kernel_size", "stride", "padding")
+    given = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in (*names, "ceil_mode")}
+    name = function.__name__
+    kind, axes = ("max", "avg")["avg" in name], int(name[-2])
+    other = getattr(F, f"{'avg' if kind == 'max' else 'max'}_pool{axes}d")
+    words = {"max": "maxima", "avg": "averages"}
+    fix = f"pool {words[kind]}"
+    yield Change(
+        f"the port pools {words['avg' if kind == 'max' else 'max']}, PyTorch {words[kind]}", fix, lambda: other(**given)
+    )
+    yield Change("the port leaves out the pool", fix, lambda: given["input"])
+    yield Change(
+        "the port keeps an incomplete last window",
+        "pass padding='VALID'",
+        lambda: function(**{**given, "ceil_mode": True}),
+    )
+    if kind == "avg":
+        count = not kwargs.get("count_include_pad", True)
+        fix = f"pass count_include_pad={not count} to nnx.avg_pool"
+        yield Change(
+            "the port counts padding otherwise in its averages",
+            fix,
+            lambda: function(**{**given, "count_include_pad": count}),
+        )
+
+
+def _sum(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    a, b = args[:2]
+    for kept in (a, b):
+        if isinstance(kept, Tensor):
+            yield Change(
+                "one of two summands is missing (a residual connection?)",
+                "add both",
+                lambda kept=kept: kept.expand_as(a + b),
+            )
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        yield Change("the port subtracts what PyTorch adds", "add", lambda: a - b)
+
+
+def _factor(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    x, factor = args[:2]
+    if isinstance(x, Tensor) and not (isinstance(factor, Tensor) and factor.ndim):
+        word = "a division by" if "div" in function.__name__ else "a factor of"
+        yield Change(
+            f"{word} {float(factor):.4g} is missing (attention's 1/sqrt(d)?)", "scale as PyTorch does", lambda: x
+        )
+
+
+def _flatten(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    x = args[0]
+    if isinstance(x, Tensor) and x.ndim > 2:
+        fix = "transpose to (channels, height, width) first, or permute the next kernel's rows (flatten=)"
+        yield Change(
+            "the port flattens (height, width, channels), PyTorch (channels, height, width)",
+            fix,
+            lambda: function(x.movedim(1, -1).contiguous(), *args[1:], **kwargs),
+        )
+
+
+def _spread(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    x, *rest = args
+    axis, keep = kwargs.get("dim", rest[0] if rest else None), kwargs.get("keepdim", False)
+    for correction in (0, 1):
+        word = "unbiased (divided by n - 1)" if correction else "biased (divided by n)"
+        yield Change(
+            f"the port's {function.__name__} is {word}",
+            f"pass ddof={1 - correction}",
+            lambda c=correction: function(x, dim=axis, correction=c, keepdim=keep),
+        )
+
+
+def _masked(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    yield Change("the port leaves out a mask", "mask as PyTorch does", lambda: args[0].clone())
+
+
+def _attention(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    def again(**other: Any) -> Callable[[], Tensor]:
+        return lambda: function(*args, **{**kwargs, **other})
+
+    causal = kwargs.get("is_causal", False)
+    yield Change(
+        "the port attends to later positions" if causal else "the port masks later positions",
+        f"{'mask' if causal else 'do not mask'} later positions",
+        again(is_causal=not causal),
+    )
+    yield Change("the port does not divide the scores by sqrt(d)", "divide the scores by sqrt(d)", again(scale=1.0))
+    yield Change("the port leaves out the attention mask", "pass the mask", again(attn_mask=None))
+
+
+def _dropout(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    """Called with the dropped array, what it was made of, and p."""
+    x, source, p = args
+    yield Change("the port does not divide what dropout keeps by 1 - p", "divide by 1 - p", lambda: x * (1 - p))
+    yield Change("the port drops nothing", "call train() on the port", lambda: source)
+    yield Change("the port swaps the rates of keeping and dropping", f"pass rate={p:g}", lambda: x * (1 - p) / p)
+
+
+def _loss(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    x, targets = given["input"], given["target"]
+    axis = 1 if x.ndim > 1 else 0
+
+    def again(loss: Callable[..., Tensor] = function, **other: Any) -> Callable[[], Tensor]:
+        return lambda: loss(**{**given, **other})
+
+    if function.__name__ == "cross_entropy":
+        probabilities, log_probs = F.softmax(x, axis), F.log_softmax(x, axis)
+        yield Change(
+            "the port gives softmax's probabilities to cross_entropy: softmax is applied twice",
+            "give it the logits",
+            again(input=probabilities),
+        )
+        yield Change(
+            "the port gives the logits to nll_loss", "use cross_entropy, or apply log_softmax first", again(_nll)
+        )
+        yield Change(
+            "the port gives softmax's probabilities to nll_loss", "use log_softmax", again(_nll, input=probabilities)
+        )
+        yield Change(
+            "the port uses the natural logarithm of 1 + p",
+            "use log_softmax",
+            again(_nll, input=log_probs.exp().log1p()),
+        )
+        for smoothing in (0.0, 0.1):
+            was = given.get("label_smoothing", 0.0)
+            yield Change(
+                f"the port's label_smoothing is {smoothing:g}, PyTorch's {was:g}",
+                f"pass label_smoothing={was:g}",
+                again(label_smoothing=smoothing),
+            )
+    else:
+        yield Change("the port applies log_softmax to log-probabilities", "use nll_loss", again(F.cross_entropy))
+        yield Change("the port gives probabilities to nll_loss", "give it log-probabilities", again(input=x.exp()))
+    yield Change("the port leaves out the class weights", "pass weight", again(weight=None))
+    rows = max(targets.numel(), 1) if not targets.is_floating_point() else max(x.numel() // x.shape[axis], 1)
+    reduction = given.get("reduction", "mean")
+    for other in {"mean", "sum"} - {reduction}:
+        yield Change(
+            f"the port's reduction is {other!r}, PyTorch's {reduction!r}",
+            f"pass reduction={reduction!r}",
+            again(reduction=other),
+        )
+    if reduction == "mean":
+        fix = "divide by the sum of the targets' weights, as jaxloss does"
+        yield Change(
+            "the port divides by the number of rows, ignored ones and all, PyTorch by the sum of the targets' weights",
+            fix,
+            lambda: again(reduction="sum")() / rows,
+        )
+        yield Change("the port divides by the number of elements", fix, lambda: again(reduction="sum")() / x.numel())
+    if not targets.is_floating_point():
+        ignored = given.get("ignore_index", -100)
+        for label in (0, x.shape[axis] - 1, ignored % x.shape[axis]):
+            filled = targets.masked_fill(targets == ignored, label)
+            yield Change(
+                f"the port does not ignore {ignored}: it counts those rows as class {label}",
+                f"pass ignore_index={ignored}",
+                again(target=filled, ignore_index=-100),
+            )
+
+
+def _nll(**given: Any) -> Tensor:
+    return F.nll_loss(**{name: value for name, value in given.items() if name != "label_smoothing"})
+
+
+def _at(value: Any, axis: int) -> int:
+    return value[axis if len(value) > 1 else 0] if isinstance(value, tuple | list) else value
+
+
+_RULES: dict[str, Callable[..., Iterator[Change]]] = {
+    **dict.fromkeys(("relu", "gelu", "silu", "tanh", "sigmoid", "elu", "leaky_relu", "relu6", "softplus"), _activation),
+    **dict.fromkeys(("softmax", "log_softmax"), _softmax),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv),
+    "linear": _linear,
+    **dict.fromkeys(_NORM_ARGUMENTS, _norm),
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"), _pool),
+    **dict.fromkeys(("add", "iadd", "radd", "add_"), _sum),
+    **dict.fromkeys(("mul", "div", "truediv", "true_divide", "rmul"), _factor),
+    **dict.fromkeys(("flatten", "view", "reshape"), _flatten),
+    **dict.fromkeys(("std", "var"), _spread),
+    **dict.fromkeys(("masked_fill", "where", "tril", "triu"), _masked),
+    **dict.fromkeys(("cross_entropy", "nll_loss"), _loss),
+    "scaled_dot_product_attention": _attention,
+    dropped.__name__: _dropout,
+}

@@ -1,0 +1,257 @@
+"""Whether a Flax port computes what its PyTorch original does, and the first place where it does not."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+import jaxloss
+from jaxloss.parity._batch import Batch, Losses
+from jaxloss.parity._compare import SMALL, Rounding, relative
+from jaxloss.parity._diagnosis import diagnose
+from jaxloss.parity._findings import Findings
+from jaxloss.parity._original import Recording
+from jaxloss.parity._programs import CutRun, FreeRun
+from jaxloss.parity._report import Report
+from jaxloss.parity._steps import Optimizers, compare_steps
+from jaxloss.parity._subject import Subject, View
+
+
+def check(
+    torch_module: nn.Module,
+    flax_module: nnx.Module,
+    torch_batch: Any,
+    flax_batch: Any = None,
+    *,
+    layouts: Mapping[str, Sequence[int]] | None = None,
+    losses: Losses | None = (F.cross_entropy, jaxloss.cross_entropy),
+    optimizers: Optimizers | None = None,
+    steps: int = 10,
+    train: bool = False,
+    dtypes: Sequence[str] = ("float64", "float32"),
+    seed: int = 0,
+) -> Report:
+    """Compares a Flax NNX port with its PyTorch original, and finds the first place where they differ, and why.
+
+    Both run in float64, where semantics is all that can differ. Every layer of the port is fed what the original's
+    layer was fed, and what lies between two layers (an edge: views, activations, pools, residual sums) starts from
+    the original's outputs; so one fault makes one place fail, forward and backward. Then the network runs from end to
+    end, and takes steps with both optimizers. In the other dtypes every layer and edge is judged by its error
+    against float64 on the same rounded inputs, beside PyTorch's; the network's error is only told.
+
+    Each comparison that passes is repeated with wrong arrays, which have to fail. To explain the first difference,
+    PyTorch is run again with one call changed (other padding, epsilon, axis, activation, …) until it gives what the
+    port gives.
+
+    Args:
+        torch_module: the original. Weights and gradients are compared by its names. Copied, never changed.
+        flax_module: the port. Layers are paired by name, else by shape in the order in which they are called. Weights
+            that come from the original are compared with it; if none does, the original's are copied for the check,
+            and the report says so. Copied, never changed.
+        torch_batch: one tensor or array; or a tuple of the module's inputs, and last, if there is a loss, the targets.
+        flax_batch: the inputs for the port. By default those of PyTorch, with 4-D ones transposed from NCHW to NHWC.
+        layouts: shape in PyTorch, (channels, *spatial), of the feature maps that linear layers read as one axis, by
+            the port's layer. Found by themselves where PyTorch flattens directly before the layer.
+        losses: PyTorch's and JAX's, each called with outputs and targets. With None, outputs are multiplied by random
+            numbers and summed.
+        optimizers: one of PyTorch's over `torch_module.parameters()`, and its optax counterpart. By default
+            `torch.optim.Adam` and `optax.adam`, with rate 1e-3.
+        steps: how many steps are taken with them on the batch; 0 for none.
+        train: train mode instead of evaluation. What dropout keeps is drawn once and given to both.
+        dtypes: "float32", "bfloat16" or "float16" beside "float64", which is always checked.
+        seed: of dropout, targets and random numbers. Global random states are not touched.
+
+    Returns:
+        The report: `ok`, `first_divergence`, one line per place when printed, `to_json`.
+
+    Raises:
+        TypeError: a module returns something other than one array.
+        ValueError: the batch is empty, or does not fit the port.
+
+    Examples:
+        >>> import torch
+        >>> from flax import nnx
+        >>> from jaxloss import parity
+        >>> original, port = torch.nn.LayerNorm(4), nnx.LayerNorm(4, rngs=nnx.Rngs(0))
+        >>> report = parity.check(original, port, torch.randn(3, 4), dtypes=["float64"])
+        >>> report.ok
+        False
+        >>> report.first_divergence.diagnosis
+        "The port's epsilon is 1e-06, PyTorch's 1e-05."
+
+    References:
+        The list of what ports get wrong, each found by a test: `parity_tests/faults.md`.
+    """
+    batch = Batch(torch_batch, flax_batch, losses, seed)
+    findings = Findings()
+    with jax.enable_x64(True):
+        subject = Subject(torch_module, flax_module, batch, train, seed, layouts or {})
+        exact = subject.exact
+        findings.notes += batch.notes
+        _unmatched(findings, subject)
+        cut = exact.programs.cut(subject.values, exact.recording)
+        _compare_pieces(findings, subject, exact, cut)
+        _compare_statistics(findings, subject, exact, cut)
+        free = exact.programs.free(subject.values, exact.recording.masks)
+        _compare_whole(findings, subject, exact, free)
+        compare_steps(findings, subject, exact, optimizers, steps)
+        diagnose(subject, findings.failures, optimizers[0] if optimizers else None)
+    for dtype in dtypes:
+        if dtype != "float64":
+            _compare_rounding(findings, subject, dtype)
+    return Report(findings.all, findings.notes, subject.weight_pairs, findings.noise, findings.controls)
+
+
+def _unmatched(findings: Findings, subject: Subject) -> None:
+    if subject.copied:
+        findings.notes.append("The port has weights of its own: PyTorch's were copied for this check.")
+    for names, where in ((subject.unmatched_ours, "PyTorch"), (subject.unmatched_theirs, "the port")):
+        for name in names:
+            findings.fail(name.rpartition(".")[0], name.rpartition(".")[2], f"has no counterpart in {where}")
+
+
+def _compare_weights(findings: Findings, subject: Subject, layer: str) -> None:
+    """The weights that a layer of the port came with."""
+    for ours, theirs in subject.weight_pairs.items():
+        name, _, kind = ours.rpartition(".")
+        if name == layer and not subject.copied:
+            expected = subject.exact.port.weights[ours].layout.to_flax(subject.exact.state[theirs])
+            findings.add(
+                name or subject.name, kind, subject.values[ours], expected, tolerance=0.0, may_be_constant=True
+            )
+
+
+class Piece(NamedTuple):
+    """One array of one layer or edge, as the port computes it from the original's numbers, and as PyTorch does."""
+
+    place: str
+    quantity: str
+    ours: jax.Array
+    theirs: np.ndarray  # in Flax's layout
+
+
+def _pieces(subject: Subject, view: View, cut: CutRun, recording: Recording) -> Iterator[Piece]:
+    """Every layer and every edge by itself: forward in order, then backward."""
+    places, calls = subject.places, {call.key: call for call in recording.calls}
+    for place, pair in zip(places, subject.pairs, strict=False):
+        call, name = calls[pair.theirs], subject.title(pair)
+        for ours, theirs in zip(cut.arrived[pair.ours], pair.inputs_to_flax(call.inputs), strict=True):
+            yield Piece(place, f"input of {name}", ours, theirs)
+        yield Piece(name, "output", cut.outputs[pair.ours], pair.output.to_flax(call.output))
+    yield Piece(places[-1], "output", cut.result, subject.output_to_flax(recording.outputs))
+    for i, pair in reversed(list(enumerate(subject.pairs))):
+        call, name = calls[pair.theirs], subject.title(pair)
+        if call.output_gradient is not None:
+            expected = pair.output.to_flax(call.output_gradient)
+            yield Piece(places[i + 1], f"gradient of output of {name}", cut.output_gradients[pair.ours], expected)
+        gradients = zip(cut.layer_gradients[pair.ours], call.input_gradients, pair.inputs, strict=True)
+        for ours, theirs, layout in gradients:
+            if theirs is not None:
+                yield Piece(name, "gradient of input", ours, layout.to_flax(theirs))
+        if pair.ours[1] == 0:
+            yield from _parameter_gradients(subject, view, cut, recording, pair.ours[0], name)
+    layouts = subject.batch.input_layouts()
+    for ours, theirs, layout in zip(cut.input_gradients, recording.input_gradients, layouts, strict=True):
+        if theirs is not None:
+            yield Piece(places[0], "gradient of the input", ours, layout.to_flax(theirs))
+
+
+def _parameter_gradients(
+    subject: Subject, view: View, run: CutRun | FreeRun, recording: Recording, layer: str | None, place: str
+) -> Iterator[Piece]:
+    for ours, theirs in subject.parameter_pairs(layer):
+        kind = ours if layer is None else ours.rpartition(".")[2]
+        expected = view.port.weights[ours].layout.to_flax(recording.parameter_gradients[theirs])
+        yield Piece(place, f"gradient of {kind}", run.parameter_gradients[ours], expected)
+
+
+def _compare_pieces(findings: Findings, subject: Subject, view: View, cut: CutRun) -> None:
+    pieces = list(_pieces(subject, view, cut, view.recording))
+    last = next(i for i, piece in enumerate(pieces) if piece.place == subject.places[-1])
+    seen: set[str] = set()
+    titles = {subject.title(pair): pair.ours[0] for pair in subject.pairs}
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in subject.weight_pairs)
+    for layer in layers.keys() - set(titles.values()):
+        _compare_weights(findings, subject, layer)
+    for piece in pieces[: last + 1]:
+        layer = titles.get(piece.place)
+        if layer is not None and layer not in seen:
+            seen.add(layer)
+            _compare_weights(findings, subject, layer)
+        findings.add(*piece)
+    _compare_loss(findings, subject, view)
+    for piece in pieces[last + 1 :]:
+        findings.add(*piece, floor=view.recording.gradient_floor)
+
+
+def _compare_loss(findings: Findings, subject: Subject, view: View) -> None:
+    """The loss alone, on the original's outputs."""
+    outputs = view.port.cast(subject.output_to_flax(view.recording.outputs))
+    value, gradient = jax.value_and_grad(subject.batch.flax_objective)(outputs)
+    findings.add("loss", "value", value, view.recording.loss)
+    findings.add("loss", "gradient", gradient, subject.output_to_flax(view.recording.output_gradient))
+
+
+def _compare_statistics(findings: Findings, subject: Subject, view: View, cut: CutRun) -> None:
+    """Running statistics after one step in train mode."""
+    for ours, value in cut.statistics.items():
+        theirs = subject.weight_pairs.get(ours)
+        if subject.train and theirs is not None:
+            layer, _, kind = ours.rpartition(".")
+            expected = view.port.weights[ours].layout.to_flax(view.recording.buffers[theirs])
+            findings.add(layer, f"{kind} after a step", value, expected)
+
+
+def _compare_whole(findings: Findings, subject: Subject, view: View, free: FreeRun) -> None:
+    """The network from end to end, where errors accumulate."""
+    recording, place = view.recording, "whole network"
+    findings.add(place, "output", free.result, subject.output_to_flax(recording.outputs))
+    findings.add(place, "loss", free.loss, recording.loss)
+    for piece in _parameter_gradients(subject, view, free, recording, None, place):
+        findings.add(*piece, floor=recording.gradient_floor)
+
+
+def _compare_rounding(findings: Findings, subject: Subject, dtype: str) -> None:
+    """Layers and edges in another dtype, judged by their error against float64 on the same rounded inputs.
+
+    The network's error from end to end is only told, beside PyTorch's: one relu that rounding switches makes it
+    unbounded for a right port.
+    """
+    exact = subject.exact
+    with jax.enable_x64(False):
+        rough = subject.view(dtype)
+        values = {name: rough.port.cast(value) for name, value in subject.values.items()}
+        cut = rough.programs.cut(values, rough.recording)
+        free = rough.programs.free(values, rough.recording.masks)
+    with jax.enable_x64(True):
+        oracle = exact.programs.cut(subject.values, rough.recording)
+    negligible = {(finding.place, finding.quantity) for finding in findings.all if finding.negligible}
+    small: list[Rounding] = []
+    for piece, truth in zip(
+        _pieces(subject, rough, cut, rough.recording),
+        _pieces(subject, exact, oracle, rough.recording),
+        strict=True,
+    ):
+        if (piece.place, piece.quantity) in negligible or not jnp.issubdtype(piece.theirs.dtype, jnp.floating):
+            continue
+        rounding = Rounding.of(piece.ours, piece.theirs, np.asarray(truth.ours))
+        if piece.theirs.size < SMALL and not rounding.problem:
+            small.append(rounding)
+        else:
+            findings.add_rounding(piece.place, piece.quantity, dtype, rounding)
+    if small:
+        findings.add_rounding("tensors of fewer than 1000 elements", "all together", dtype, Rounding.pooled(small))
+    theirs, true = subject.output_to_flax(rough.recording.outputs), subject.output_to_flax(exact.recording.outputs)
+    findings.noise[f"output ({dtype})"] = relative(free.result, true), relative(theirs, true)
+    for ours, name in subject.parameter_pairs():
+        if np.linalg.norm(exact.recording.parameter_gradients[name]) <= exact.recording.gradient_floor:
+            continue
+        layout, true = exact.port.weights[ours].layout, exact.recording.parameter_gradients[name]
+        theirs = rough.recording.parameter_gradients[name]
+        mine = layout.to_torch(np.asarray(free.parameter_gradients[ours]))
+        findings.noise[f"gradient of {ours} ({dtype})"] = relative(mine, true), relative(theirs, true)

@@ -1,0 +1,129 @@
+"""One comparison of two arrays: structure, masks, and a gate on the distance. Nothing here can pass vacuously."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+# Half a rounding unit, by dtype: what an exact result may still be off by, relative to the tensor's scale.
+HALF_UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "float64": 2.0**-53}
+
+# How much larger than PyTorch's a layer's error may be in the rounded dtypes, and half units on top. XLA on CPU adds
+# the terms of a dot product one after the other, PyTorch in blocks: over 3,136 of them a right port has twice
+# PyTorch's error. Half precision where there should be none has thousands of times.
+LAYER_RATIO, LAYER_UNITS = 4.0, 4.0
+SMALL = 1000  # elements, below which arrays are judged together
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether two arrays agree, and by how much of what is allowed they differ."""
+
+    error: float  # relative L2
+    bound: float  # the largest error that passes
+    problem: str = ""  # why nothing can be said of the error
+
+    @property
+    def ok(self) -> bool:
+        """Whether the comparison passed."""
+        return not self.problem and self.error <= self.bound
+
+
+def compare(
+    ours: np.ndarray, theirs: np.ndarray, *, tolerance: float, floor: float = 0.0, may_be_constant: bool = False
+) -> Outcome:
+    """‖ours - theirs‖ ≤ tolerance · ‖theirs‖ + floor over what is finite in both; NaN and ±inf must coincide."""
+    problem = structural_problem(ours, theirs, may_be_constant=may_be_constant)
+    if problem:
+        return Outcome(np.inf, tolerance, problem)
+    x, y = (widen(array).ravel() for array in (ours, theirs))
+    finite = np.isfinite(y)
+    if not finite.all():
+        x, y = x[finite], y[finite]
+    scale = float(np.linalg.norm(y))
+    distance = float(np.linalg.norm(x - y))
+    if not scale:
+        return Outcome(distance, floor)
+    return Outcome(distance / scale, tolerance + floor / scale)
+
+
+def structural_problem(ours: np.ndarray, theirs: np.ndarray, *, may_be_constant: bool = False) -> str:
+    """What forbids a comparison, in words; empty if nothing does."""
+    if ours.shape != theirs.shape:
+        return f"shape {ours.shape}, PyTorch's is {theirs.shape}"
+    if ours.dtype != theirs.dtype:
+        return f"dtype {ours.dtype}, PyTorch's is {theirs.dtype}"
+    if not ours.size:
+        return "no elements: nothing was compared"
+    x, y = widen(ours), widen(theirs)
+    for label, mask in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
+        a, b = mask(x), mask(y)
+        if (a != b).any():
+            return f"{label} at {int(a.sum())} elements, PyTorch's at {int(b.sum())}"
+    if not np.isfinite(y).any():
+        return "no finite element: nothing was compared"
+    if not may_be_constant and y.size > 1 and np.ptp(y[np.isfinite(y)]) == 0:
+        return f"PyTorch's is {y.flat[0]:g} everywhere: nothing can be told from it"
+    return ""
+
+
+def widen(array: np.ndarray) -> np.ndarray:
+    """The same values in float64, or as they are if they are no floats."""
+    return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else np.asarray(array)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Root-mean-square errors against float64, in units of the exact array's own."""
+
+    ours: float
+    theirs: float
+    dtype: str
+    size: int = 0
+    problem: str = ""
+
+    @classmethod
+    def of(cls, ours: Any, theirs: np.ndarray, exact: np.ndarray) -> "Rounding":
+        """Of one array."""
+        ours = np.asarray(ours)
+        problem = structural_problem(ours, theirs)
+        if problem:
+            return cls(np.inf, 0.0, str(theirs.dtype), problem=problem)
+        return cls(relative(ours, exact), relative(theirs, exact), str(theirs.dtype), ours.size)
+
+    @classmethod
+    def pooled(cls, roundings: "Sequence[Rounding]") -> "Rounding":
+        """Of many small arrays together: of one alone, the ratio means little."""
+        weights = [rounding.size for rounding in roundings]
+        mine, others = (
+            math.sqrt(np.average([getattr(r, whose) ** 2 for r in roundings], weights=weights))
+            for whose in ("ours", "theirs")
+        )
+        return cls(mine, others, roundings[0].dtype, sum(weights))
+
+    @property
+    def bound(self) -> float:
+        """The largest error that passes."""
+        return LAYER_RATIO * self.theirs + LAYER_UNITS * HALF_UNIT[self.dtype]
+
+
+def relative(ours: Any, theirs: np.ndarray) -> float:
+    """‖ours - theirs‖ / ‖theirs‖ over what is finite in theirs; absolute if theirs is 0."""
+    x, y = widen(np.asarray(ours)), widen(theirs)
+    finite = np.isfinite(y)
+    return float(np.linalg.norm((x - y)[finite]) / (np.linalg.norm(y[finite]) or 1.0))
+
+
+def mutants(array: np.ndarray) -> dict[str, np.ndarray]:
+    """Wrong versions of an array, each of which a comparison must refuse."""
+    flat = array.ravel()
+    where = int(np.nanargmax(np.where(np.isfinite(flat), np.abs(flat), -1)))
+    wrong = {"sign": -array, "scale": array * (1 + 1e-9), "element": flat.copy()}
+    wrong["element"][where] *= 1 + 1e-6
+    wrong["element"] = wrong["element"].reshape(array.shape)
+    if array.size > 1:
+        wrong["order"] = np.roll(flat, 1).reshape(array.shape)
+    return wrong

@@ -1,0 +1,104 @@
+"""The comparisons of a check, one by one."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxloss.parity._compare import Outcome, Rounding, compare, mutants
+
+FLOAT64_TOLERANCE = 1e-12
+
+
+@dataclass
+class Finding:
+    """One comparison of one array: where, what, and how it came out."""
+
+    place: str  # a layer's name, or an edge: "between layer2 and fc"
+    quantity: str  # "output", "gradient of input", …
+    dtype: str
+    error: float  # relative L2
+    bound: float
+    judged: bool = True  # whether it counts for the verdict, or is only told
+    problem: str = ""
+    negligible: bool = False  # next to nothing, and only held to be that
+    kind: str = ""  # semantic, precision, layout, scale or localised, if it failed
+    diagnosis: str = ""  # one sentence
+    fix: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the arrays agree."""
+        return not self.problem and self.error <= self.bound
+
+    @property
+    def failed(self) -> bool:
+        """Whether this makes the verdict."""
+        return self.judged and not self.ok
+
+    def __str__(self) -> str:
+        """One line, or three where there is a diagnosis."""
+        what = f"{self.place}: {self.quantity}"
+        how = self.problem or f"differs by {self.error:.2g} of its norm ({self.bound:.1g} allowed, {self.dtype})"
+        lines = [f"{what} {how}" + (f" [{self.kind}]" if self.kind else "")]
+        lines += [line for line in (self.diagnosis, self.fix and f"Fix: {self.fix}") if line]
+        return "\n  ".join(lines)
+
+
+@dataclass
+class Failure:
+    """A finding that failed, and its arrays, in Flax's layout."""
+
+    finding: Finding
+    ours: np.ndarray
+    theirs: np.ndarray
+
+
+class Findings:
+    """Collects findings in the order in which a difference would arise."""
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self.all: list[Finding] = []
+        self.failures: list[Failure] = []
+        self.notes: list[str] = []
+        self.noise: dict[str, tuple[float, float]] = {}
+        self.controls = (0, 0)  # wrong arrays refused, of how many
+
+    def add(
+        self,
+        place: str,
+        quantity: str,
+        ours: Any,
+        theirs: np.ndarray,
+        *,
+        tolerance: float = FLOAT64_TOLERANCE,
+        floor: float = 0.0,
+        may_be_constant: bool = False,
+    ) -> Finding:
+        """Compares two float64 arrays, and if they agree, wrong versions of ours as well."""
+        ours = np.asarray(ours)
+
+        def outcome(array: np.ndarray) -> Outcome:
+            return compare(array, theirs, tolerance=tolerance, floor=floor, may_be_constant=may_be_constant)
+
+        result = outcome(ours)
+        negligible = bool(floor and 1e-10 * np.linalg.norm(theirs) <= floor)
+        dtype = str(ours.dtype)
+        finding = Finding(place, quantity, dtype, result.error, result.bound, True, result.problem, negligible)
+        self.all.append(finding)
+        if not finding.ok:
+            self.failures.append(Failure(finding, ours, theirs))
+        elif not negligible:
+            wrong = mutants(ours)
+            caught = sum(not outcome(array).ok for array in wrong.values())
+            self.controls = self.controls[0] + caught, self.controls[1] + len(wrong)
+        return finding
+
+    def add_rounding(self, place: str, quantity: str, dtype: str, rounding: Rounding) -> None:
+        """Judges an error against float64."""
+        self.all.append(Finding(place, quantity, dtype, rounding.ours, rounding.bound, problem=rounding.problem))
+
+    def fail(self, place: str, quantity: str, problem: str) -> None:
+        """Notes what cannot be compared."""
+        self.all.append(Finding(place, quantity, "", np.inf, 0.0, problem=problem))

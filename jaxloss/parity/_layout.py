@@ -1,0 +1,46 @@
+"""How an array in Flax's layout becomes the same array in PyTorch's, and back."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a Flax array becomes PyTorch's: split its axes, flip some, permute them, merge them."""
+
+    shape: Shape  # Flax's
+    split: Shape
+    order: Shape
+    merged: Shape  # PyTorch's
+    flip: Shape = ()
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """Flax's array as PyTorch has it."""
+        return self._flipped(array.reshape(self.split)).transpose(self.order).reshape(self.merged)
+
+    def to_flax(self, array: np.ndarray) -> np.ndarray:
+        """PyTorch's array as Flax has it."""
+        permuted = array.reshape([self.split[axis] for axis in self.order])
+        return self._flipped(permuted.transpose(np.argsort(self.order))).reshape(self.shape)
+
+    def _flipped(self, array: np.ndarray) -> np.ndarray:
+        return np.flip(array, self.flip) if self.flip else array  # np.flip makes a 0-D array a scalar
+
+
+def permuted(shape: Shape, order: Shape, flip: Shape = ()) -> Layout:
+    """PyTorch has Flax's axes in another order."""
+    return Layout(shape, shape, order, tuple(shape[axis] for axis in order), flip)
+
+
+def same(shape: Shape) -> Layout:
+    """Both have the same array."""
+    return permuted(shape, tuple(range(len(shape))))
+
+
+def channels_last(shape: Shape) -> Layout:
+    """PyTorch's axis 1 is Flax's last; `shape` is PyTorch's."""
+    batch, channels, *spatial = shape
+    return permuted((batch, *spatial, channels), (0, len(shape) - 1, *range(1, len(shape) - 1)))

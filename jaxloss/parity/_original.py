@@ -1,0 +1,286 @@
+"""One forward and backward run of a PyTorch module, with what entered and left every layer."""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+
+from jaxloss.parity._changes import Change, changes, dropped
+from jaxloss.parity._state_dict import to_array
+
+Call = tuple[str, int]  # a layer's name, and how often it was called before
+
+
+@dataclass
+class LayerCall:
+    """What one call of a layer read and returned, and the loss's gradients with respect to both."""
+
+    name: str
+    index: int
+    layer: nn.Module
+    inputs: list[np.ndarray]
+    output: np.ndarray
+    input_gradients: list[np.ndarray | None] = field(default_factory=list)
+    output_gradient: np.ndarray | None = None
+
+    @property
+    def key(self) -> Call:
+        """The layer's name, and how often it was called before."""
+        return self.name, self.index
+
+
+@dataclass
+class Recording:
+    """One run of an original."""
+
+    calls: list[LayerCall]
+    inputs: list[np.ndarray]
+    outputs: np.ndarray
+    loss: np.ndarray
+    output_gradient: np.ndarray
+    input_gradients: list[np.ndarray | None]
+    parameter_gradients: dict[str, np.ndarray]
+    buffers: dict[str, np.ndarray]  # after the run
+    masks: list[np.ndarray]  # what dropout kept, call by call
+    drops: list["Drop"]
+    flattened: dict[Call, tuple[int, ...]]  # (channels, *spatial) of the feature map that a layer's input was
+    mutated: list[int]  # inputs that the module changed in place
+
+    @property
+    def gradient_floor(self) -> float:
+        """Norm below which a gradient is zero but for rounding, like that of a bias before batch norm."""
+        return 1e-13 * max((float(np.linalg.norm(g)) for g in self.parameter_gradients.values()), default=0.0)
+
+
+class Original:
+    """A copy of a PyTorch module, in a dtype and a mode of its own."""
+
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, *, train: bool, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        """Copies the module, and with it an optimizer of its parameters, whose state starts fresh."""
+        copied, self.optimizer = copy.deepcopy((module, optimizer))
+        self.module = copied.to(dtype).train(train)
+        if self.optimizer is not None:
+            self.optimizer = _fresh(self.optimizer)
+        self.dtype = dtype
+        self.layers = {name: layer for name, layer in self.module.named_modules() if _is_layer(layer)}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Parameters and buffers by name; shared ones under each of their names."""
+        return {name: to_numpy(tensor) for name, tensor in self.module.state_dict().items()}
+
+    def cast(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies, the floating ones in the module's dtype."""
+        return [(t.to(self.dtype) if t.is_floating_point() else t).detach().clone() for t in tensors]
+
+    def run(self, inputs: Sequence[Tensor], objective: Callable[[Tensor], Tensor], seed: int) -> Recording:
+        """Runs forward and backward. Dropout keeps what the seed says, whatever the dtype."""
+        functions = Functions(seed)
+        leaves = [t.requires_grad_() if t.is_floating_point() else t for t in self.cast(inputs)]
+        before, given = [to_numpy(t) for t in leaves], [t.clone() for t in leaves]
+        calls, outputs = self.forward(given, functions)
+        loss = objective(outputs)
+        named = dict(self.module.named_parameters())
+        wanted = [*(t for t in leaves if t.requires_grad), *(t for t in named.values() if t.requires_grad)]
+        gradients = torch.autograd.grad(loss, [outputs, *wanted], allow_unused=True, materialize_grads=True)
+        rest = iter(gradients[1:])
+        return Recording(
+            calls=calls,
+            inputs=before,
+            outputs=to_numpy(outputs),
+            loss=to_numpy(loss),
+            output_gradient=to_numpy(gradients[0]),
+            input_gradients=[to_numpy(next(rest)) if t.requires_grad else None for t in leaves],
+            parameter_gradients={name: to_numpy(next(rest)) for name, t in named.items() if t.requires_grad},
+            buffers={name: to_numpy(buffer) for name, buffer in self.module.named_buffers()},
+            masks=functions.masks,
+            drops=functions.drops,
+            flattened=functions.flattened,
+            mutated=[i for i, (a, b) in enumerate(zip(before, given, strict=True)) if not _same(a, to_numpy(b))],
+        )
+
+    def forward(self, inputs: Sequence[Tensor], functions: "Functions") -> tuple[list[LayerCall], Tensor]:
+        """Runs the module, and records its layers."""
+        calls: list[LayerCall] = []
+        with self._recorded(calls, functions), functions:
+            outputs = self.module(*inputs)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(f"check: the PyTorch module returned a {type(outputs).__name__}, expected one tensor.")
+        return calls, outputs
+
+    def backward(self, inputs: Sequence[Tensor], objective: Callable[[Tensor], Tensor], seed: int) -> list[np.ndarray]:
+        """Puts gradients into the parameters, and returns what dropout kept."""
+        self.module.zero_grad()
+        functions = Functions(seed)
+        with functions:
+            outputs = self.module(*self.cast(inputs))
+        objective(outputs).backward()
+        return functions.masks
+
+    @contextmanager
+    def _recorded(self, calls: list[LayerCall], functions: "Functions") -> Iterator[None]:
+        """Hooks on every layer."""
+        counts: dict[str, int] = {}
+        names = {id(layer): name for name, layer in self.layers.items()}
+
+        def before(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            name = names[id(layer)]
+            index = counts[name] = counts.get(name, -1) + 1
+            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            call = LayerCall(name, index, layer, list(map(to_numpy, tensors)), np.empty(0), [None] * len(tensors))
+            functions.enter(call.key, tensors)
+            calls.append(call)
+            # Aliases, so that their gradients are what comes back through this layer alone.
+            aliases = [t.view_as(t) for t in tensors]
+            for i, alias in enumerate(aliases):
+                if alias.requires_grad:
+                    alias.register_hook(lambda g, i=i: call.input_gradients.__setitem__(i, to_numpy(g)))
+            rest = iter(aliases)
+            return tuple(next(rest) if isinstance(arg, Tensor) else arg for arg in args)
+
+        def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            call = next(call for call in reversed(calls) if call.layer is layer)
+            functions.leave()
+            if not isinstance(output, Tensor):
+                calls.remove(call)  # not something to be cut out: its arithmetic belongs to the edges
+                return
+            call.output = to_numpy(output)
+            if output.requires_grad:
+                output.register_hook(lambda g: setattr(call, "output_gradient", to_numpy(g)))
+
+        handles = [layer.register_forward_pre_hook(before) for layer in self.layers.values()]
+        handles += [layer.register_forward_hook(after) for layer in self.layers.values()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A copy; bfloat16 as ml_dtypes has it."""
+    array = to_array(tensor)
+    assert array is not None
+    return np.array(array)
+
+
+def _fresh(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The same optimizer with a new state, in its parameters' present dtype."""
+    known = inspect.signature(type(optimizer)).parameters
+    options = {name: value for name, value in optimizer.defaults.items() if name in known}
+    return type(optimizer)([dict(group) for group in optimizer.param_groups], **options)  # type: ignore[call-arg]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module has weights of its own, and no submodule that has some."""
+
+    def owns(module: nn.Module) -> bool:
+        return any(tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values()))
+
+    children = [child for child in module.modules() if child is not module]
+    return owns(module) and not any(map(owns, children))
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.tobytes() == b.tobytes()
+
+
+class Drop(NamedTuple):
+    """A call of dropout."""
+
+    window: int  # how many layers were called before
+    rate: float
+    whole_channels: bool
+
+
+class Functions(TorchFunctionMode):
+    """Sees every PyTorch function called: sets dropout's masks, follows flattened feature maps, and can change a call.
+
+    Layers divide a run into windows, numbered from 0; calls inside layers belong to none. In the windows that are
+    watched, `alternatives` counts for each call what a faulty port may do instead, and `change` (which call, which
+    alternative) has it done.
+    """
+
+    def __init__(
+        self, seed: int, *, windows: Container[int] = (), change: tuple[int, int] | None = None, inside: bool = False
+    ) -> None:
+        """With `inside`, a layer that runs alone is watched."""
+        super().__init__()
+        self.masks: list[np.ndarray] = []
+        self.flattened: dict[Call, tuple[int, ...]] = {}
+        self.drops: list[Drop] = []
+        self.alternatives: list[int] = []
+        self._seed, self._windows, self._change, self._inside = seed, windows, change, inside
+        self._window, self._in_layer = 0, False
+        self._feature_map: tuple[int, ...] | None = None
+
+    def enter(self, call: Call, tensors: Sequence[Tensor]) -> None:
+        """Notes that a layer begins."""
+        shape = tensors[0].shape if tensors else ()
+        if self._feature_map and len(shape) == 2 and shape[1] == math.prod(self._feature_map):
+            self.flattened[call] = self._feature_map
+        self._feature_map, self._in_layer = None, True
+
+    def leave(self) -> None:
+        """Notes that a layer ends."""
+        self._window, self._in_layer = self._window + 1, False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Called by PyTorch instead of `func`."""
+        kwargs = dict(kwargs or {})
+        if func in _WHOLE_CHANNELS:
+            return self._drop(func, args, kwargs)
+        if (chosen := self._watch(func, args, kwargs)) is not None:
+            return chosen.result()
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and args and isinstance(args[0], Tensor):
+            source = args[0].shape
+            if len(source) > 2 and len(result.shape) == 2 and source[0] == result.shape[0]:
+                self._feature_map = tuple(source[1:])
+        return result
+
+    def _watch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Change | None:
+        """The alternative to this call that is to be done, if it is this one's turn."""
+        if not (self._inside or (self._window in self._windows and not self._in_layer)):
+            return None
+        alternatives = list(changes(func, args, kwargs))
+        self.alternatives.append(len(alternatives))
+        if self._change is None or self._change[0] != len(self.alternatives) - 1:
+            return None
+        self.changed = alternatives[self._change[1]]
+        return self.changed
+
+    def _drop(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        bound = inspect.signature(func).bind(*args, **kwargs)
+        bound.apply_defaults()
+        x, p, training, inplace = (bound.arguments[name] for name in ("input", "p", "training", "inplace"))
+        if not training or p == 0:
+            return x
+        shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if _WHOLE_CHANNELS[func] else tuple(x.shape)
+        kept = np.random.default_rng((self._seed, len(self.masks))).random(shape) >= p
+        self.masks.append(kept)
+        self.drops.append(Drop(self._window, p, _WHOLE_CHANNELS[func]))
+        result = torch.where(torch.from_numpy(kept), x / (1 - p) if p < 1 else x, torch.zeros((), dtype=x.dtype))
+        if (chosen := self._watch(dropped, (result, x, p), {})) is not None:
+            result = chosen.result()
+        return x.copy_(result) if inplace else result
+
+
+_WHOLE_CHANNELS: dict[Callable[..., Tensor], bool] = {
+    F.dropout: False,
+    F.dropout1d: True,
+    F.dropout2d: True,
+    F.dropout3d: True,
+}

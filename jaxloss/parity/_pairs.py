@@ -1,0 +1,85 @@
+"""Which weight and which call of a port is which of its original, and how their arrays are laid out."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxloss.parity._layout import Layout, Shape, channels_last, same
+
+Call = tuple[str, int]  # a layer's name, and how often it was called before
+Shapes = Mapping[str, Shape]  # PyTorch's shapes by "layer.weight"
+
+
+@dataclass
+class CallPair:
+    """A call of a layer that both frameworks make, and the layouts of what it reads and returns."""
+
+    theirs: Call
+    ours: Call
+    inputs: list[Layout]
+    output: Layout
+
+    def inputs_to_flax(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """PyTorch's inputs, or their gradients, as Flax has them."""
+        return [layout.to_flax(array) for layout, array in zip(self.inputs, arrays, strict=True)]
+
+
+def pair_weights(ours: Shapes, theirs: Shapes, our_order: Sequence[str], their_order: Sequence[str]) -> dict[str, str]:
+    """Our names → theirs. Layers without a namesake are paired in the order in which they are called."""
+    our_layers, their_layers = _by_layer(ours, our_order), _by_layer(theirs, their_order)
+    pairs = {layer: layer for layer in our_layers if layer in their_layers}
+    for signature in (_all_shapes, _weight_shape):
+        rest = [layer for layer in their_layers if layer not in pairs.values()]
+        for layer in [layer for layer in our_layers if layer not in pairs]:
+            wanted = signature(our_layers[layer])
+            found = next((other for other in rest if wanted and signature(their_layers[other]) == wanted), None)
+            if found is not None:
+                pairs[layer] = found
+                rest.remove(found)
+    return {
+        _join(layer, kind): _join(other, kind)
+        for layer, other in pairs.items()
+        for kind in our_layers[layer]
+        if kind in their_layers[other]
+    }
+
+
+def _by_layer(shapes: Shapes, order: Iterable[str]) -> dict[str, dict[str, Shape]]:
+    layers: dict[str, dict[str, Shape]] = {name: {} for name in order}
+    for name, shape in shapes.items():
+        layer, _, kind = name.rpartition(".")
+        layers.setdefault(layer, {})[kind] = shape
+    return {layer: kinds for layer, kinds in layers.items() if kinds}
+
+
+def _all_shapes(kinds: Mapping[str, Shape]) -> object:
+    return frozenset(kinds.items())
+
+
+def _weight_shape(kinds: Mapping[str, Shape]) -> object:
+    return kinds.get("weight")
+
+
+def _join(layer: str, kind: str) -> str:
+    return f"{layer}.{kind}" if layer else kind
+
+
+def activation_layout(
+    theirs: Shape, ours: Shape, *, channels_first: bool = False, feature_map: Shape | None = None
+) -> Layout | None:
+    """How an activation of the port becomes the original's, from the shapes; None if no layout fits."""
+    plain = [same(theirs)] if theirs else [same(())]
+    moved = [channels_last(theirs)] if len(theirs) > 2 else []
+    if theirs and feature_map and theirs[-1] == math.prod(feature_map) and math.prod(ours) == math.prod(theirs):
+        batch, (channels, *spatial) = theirs[:-1], feature_map
+        axes = range(len(batch), len(batch) + len(spatial))
+        order = (*range(len(batch)), len(batch) + len(spatial), *axes)
+        return Layout(ours, (*batch, *spatial, channels), order, theirs)
+    for layout in moved + plain if channels_first else plain + moved:
+        if layout.shape == ours:
+            return layout
+    if math.prod(ours) == math.prod(theirs):  # an axis split into heads
+        return Layout(ours, theirs, tuple(range(len(theirs))), theirs)
+    return None

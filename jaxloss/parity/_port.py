@@ -1,0 +1,212 @@
+"""A Flax NNX module opened up: run with any weights, every layer's call handed to a hook."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxloss.parity.weights import Weight, weights_of
+
+Call = tuple[str, int]  # a layer's name, and how often it was called before
+Arrays = dict[str, jax.Array]
+Hook = Callable[[object, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+_hook: ContextVar[Hook | None] = ContextVar("hook", default=None)
+
+
+class Port:
+    """A copy of a Flax NNX module, in a dtype and a mode of its own."""
+
+    def __init__(
+        self,
+        module: nnx.Module,
+        dtype: jax.typing.DTypeLike,
+        *,
+        train: bool,
+    ) -> None:
+        """Copies the module."""
+        copied = nnx.clone(module)
+        copied.train() if train else copied.eval()
+        for node in _modules(copied):
+            if getattr(node, "dtype", None) is not None and jnp.dtype(node.dtype) == jnp.float32:
+                node.dtype = dtype
+            node.__class__ = _hooked(type(node))
+        self.dtype, self._copied = dtype, copied
+        self._graph, self._state = nnx.split(copied)
+        self.set_flatten({})
+        self.layers = _leaves({weight.layer_name: weight.layer for weight in self.weights.values()})
+
+    def set_flatten(self, flatten: Mapping[str, Sequence[int]]) -> None:
+        """Says which linear layers read or write a flattened feature map, as `load_torch` takes it."""
+        self.flatten = dict(flatten)
+        self.weights: dict[str, Weight] = {}  # one name for each variable
+        self.tied: dict[str, str] = {}  # its other names
+        firsts: dict[int, str] = {}
+        for name, weight in weights_of(self._copied, self.flatten).items():
+            first = firsts.setdefault(id(weight.variable), name)
+            if first == name:
+                self.weights[name] = weight
+            else:
+                self.tied[name] = first
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of what is trained; all other weights are statistics."""
+        return [name for name, weight in self.weights.items() if isinstance(weight.variable, nnx.Param)]
+
+    def values(self) -> Arrays:
+        """The module's own weights, the floating ones in the port's dtype."""
+        return {name: self.cast(weight.variable.get_value()) for name, weight in self.weights.items()}
+
+    def cast(self, array: Any) -> jax.Array:
+        """A copy, in the port's dtype if it is floating."""
+        array = np.array(array)
+        return jnp.array(array, self.dtype if jnp.issubdtype(array.dtype, jnp.floating) else None)
+
+    def run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: "Tape") -> tuple[Any, Arrays]:
+        """The outputs, and the statistics afterwards."""
+        module = nnx.merge(self._graph, self._state, copy=True)
+        weights = weights_of(module, self.flatten)
+        for name, value in values.items():
+            weights[name].variable.set_value(value)
+        hook.names = {id(weights[name].layer): weights[name].layer_name for name in reversed(list(values))}
+        with _hooks(hook):
+            outputs = module(*inputs)
+        return outputs, {name: weights[name].variable.get_value() for name in values if name not in self.parameters}
+
+
+class Tape:
+    """Sees every call of a module in one run, and gives dropout the masks of the original."""
+
+    def __init__(self, layers: Sequence[str], masks: Sequence[Any]) -> None:
+        """Watches the layers of these names."""
+        self.names: dict[int, str] = {}
+        self.arrived: dict[Call, list[Any]] = {}  # in the order of the calls
+        self.drops: list[nnx.Dropout] = []  # called so far
+        self._layers, self._masks = set(layers), masks
+        self._counts: dict[str, int] = {}
+
+    def __call__(
+        self, module: object, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Called instead of the module."""
+        if isinstance(module, nnx.Dropout) and not (kwargs.get("deterministic") or module.deterministic):
+            return self._drop(module, args[0])
+        name = self.names.get(id(module))
+        if name not in self._layers:
+            return function(*args, **kwargs)
+        index = self._counts[name] = self._counts.get(name, -1) + 1
+        arrays = [arg for arg in args if isinstance(arg, jax.Array | np.ndarray)]
+        self.arrived[name, index] = arrays
+
+        def compute(*arrays: Any) -> Any:
+            rest = iter(arrays)
+            return function(*(next(rest) if isinstance(arg, jax.Array | np.ndarray) else arg for arg in args), **kwargs)
+
+        return self.layer((name, index), compute, arrays)
+
+    def layer(self, call: Call, compute: Callable[..., Any], arrays: list[Any]) -> Any:
+        """What a layer returns."""
+        return compute(*arrays)
+
+    def _drop(self, module: nnx.Dropout, x: jax.Array) -> jax.Array:
+        if module.rate == 0:
+            return x
+        self.drops.append(module)
+        if len(self.drops) > len(self._masks):
+            return x
+        mask = _fit_mask(self._masks[len(self.drops) - 1], x.shape, tuple(module.broadcast_dims))
+        return jnp.where(mask, x / (1 - module.rate) if module.rate < 1 else x, 0)
+
+
+class Free(Tape):
+    """Lets every layer compute from what arrives."""
+
+    def __init__(self, layers: Sequence[str], masks: Sequence[Any]) -> None:
+        """Watches the layers of these names."""
+        super().__init__(layers, masks)
+        self.outputs: dict[Call, Any] = {}
+
+    def layer(self, call: Call, compute: Callable[..., Any], arrays: list[Any]) -> Any:
+        """The layer's output."""
+        output = self.outputs[call] = compute(*arrays)
+        return output
+
+
+class Cut(Tape):
+    """Feeds every layer the original's inputs, and what follows it the original's output."""
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        masks: Sequence[Any],
+        inputs: Mapping[Call, Sequence[Any]],
+        outputs: Mapping[Call, Any],
+    ) -> None:
+        """Cuts the calls that have inputs and outputs; others are left whole."""
+        super().__init__(layers, masks)
+        self.inputs, self.forced, self.outputs = inputs, outputs, {}
+
+    def layer(self, call: Call, compute: Callable[..., Any], arrays: list[Any]) -> Any:
+        """The original's output."""
+        if call not in self.inputs:
+            return compute(*arrays)
+        self.outputs[call] = compute(*self.inputs[call])
+        return self.forced[call]
+
+
+@contextmanager
+def _hooks(hook: Hook) -> Iterator[None]:
+    token = _hook.set(hook)
+    try:
+        yield
+    finally:
+        _hook.reset(token)
+
+
+@cache
+def _hooked(kind: type) -> type:
+    """A subclass that hands its calls to the hook in force."""
+
+    def __call__(self: object, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        function, hook = partial(kind.__call__, self), _hook.get()
+        return function(*args, **kwargs) if hook is None else hook(self, function, args, kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__})
+
+
+def _modules(module: nnx.Module) -> list[Any]:
+    return [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.Module) and callable(node)]
+
+
+def _leaves(owners: Mapping[str, object]) -> list[str]:
+    """The names of layers inside which there is no other."""
+    return [name for name in owners if not any(_inside(other, name) for other in owners)]
+
+
+def _inside(name: str, parent: str) -> bool:
+    return name != parent and (not parent or name.startswith(parent + "."))
+
+
+def _fit_mask(mask: Any, shape: tuple[int, ...], broadcast: tuple[int, ...]) -> Any:
+    """The original's mask in the port's layout, made as coarse or as fine as the port's dropout would draw it."""
+    if mask.ndim > 2 and not _broadcasts(mask.shape, shape):
+        mask = jnp.moveaxis(mask, 1, -1)
+    broadcast = tuple(axis % len(shape) for axis in broadcast)
+    coarse = [axis for axis in range(len(shape)) if mask.shape[axis] < shape[axis]]
+    if set(coarse) - set(broadcast):  # the port would drop elements where the original drops whole channels
+        fine = jax.random.bernoulli(jax.random.key(0), 0.5, shape)
+        return jnp.where(fine, mask, jnp.flip(mask, 0))
+    for axis in broadcast:
+        mask = jax.lax.slice_in_dim(mask, 0, 1, axis=axis)
+    return mask
+
+
+def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    return len(shape) == len(full) and all(a in (1, b) for a, b in zip(shape, full, strict=True))

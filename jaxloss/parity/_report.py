@@ -1,0 +1,119 @@
+"""What a check found: printed, and as JSON."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxloss.parity._findings import Finding
+
+
+@dataclass
+class Report:
+    """The result of `check`."""
+
+    findings: list[Finding]  # in the order in which a difference would arise
+    notes: list[str] = field(default_factory=list)
+    weight_map: dict[str, str] = field(default_factory=dict)  # the port's names → PyTorch's
+    noise: dict[str, tuple[float, float]] = field(default_factory=dict)  # float32 - float64: the port's, PyTorch's
+    controls: tuple[int, int] = (0, 0)  # wrong arrays refused, of how many
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was judged agrees, and enough was judged."""
+        return any(f.judged for f in self.findings) and self.first_divergence is None and self._controls_hold
+
+    @property
+    def first_divergence(self) -> Finding | None:
+        """The first finding that failed, in the order of the forward pass, then of the backward pass."""
+        return next(self.failures(), None)
+
+    @property
+    def _controls_hold(self) -> bool:
+        return self.controls[0] == self.controls[1] > 0
+
+    @property
+    def minimum_detectable(self) -> float:
+        """The smallest change of any compared tensor, relative to its norm, that would have failed."""
+        exact = (f for f in self.findings if f.judged and f.dtype == "float64" and not f.negligible)
+        bounds = [f.bound for f in exact if np.isfinite(f.bound)]
+        return max(bounds, default=np.inf)
+
+    def failures(self) -> Iterator[Finding]:
+        """Every finding that failed."""
+        return (finding for finding in self.findings if finding.failed)
+
+    def __str__(self) -> str:
+        """The verdict, the first divergence, and a line per place."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        judged = [f for f in self.findings if f.judged]
+        if self.ok:
+            yield f"ok: {len(judged)} tensors agree with PyTorch."
+            yield (
+                f"A tensor off by {self.minimum_detectable:.1g} of its norm would have been caught; "
+                f"{self.controls[0]} of {self.controls[1]} planted faults were."
+            )
+        elif (first := self.first_divergence) is not None:
+            yield f"differs: {sum(f.failed for f in judged)} of {len(judged)} tensors. The first:"
+            yield f"  {first}".replace("\n", "\n  ")
+        else:
+            yield "nothing can be said: no tensor was compared, or a planted fault was not caught."
+        yield from (f"note: {note}" for note in self.notes)
+        for place, findings in self.places().items():
+            yield f"{_mark(findings)} {place}: {_summary(findings)}"
+        for quantity, (ours, theirs) in self.noise.items():
+            yield f"not judged: {quantity} {ours:.1e} from float64, PyTorch's {theirs:.1e}"
+
+    def places(self) -> dict[str, list[Finding]]:
+        """Findings by place, in order."""
+        grouped: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            grouped.setdefault(finding.place, []).append(finding)
+        return grouped
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """Returns the report as a dict of plain values, and writes it to a file if there is a path.
+
+        Numbers that JSON does not have (NaN and infinities) become null.
+        """
+        content = {
+            "ok": self.ok,
+            "first_divergence": _plain(self.first_divergence),
+            "findings": [_plain(finding) for finding in self.findings],
+            "notes": self.notes,
+            "weight_map": self.weight_map,
+            "noise": self.noise,
+            "controls": {"caught": self.controls[0], "planted": self.controls[1]},
+            "minimum_detectable": _finite(self.minimum_detectable),
+        }
+        if path is not None:
+            Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        return content
+
+
+def _plain(finding: Finding | None) -> dict[str, Any] | None:
+    if finding is None:
+        return None
+    values = asdict(finding) | {"ok": finding.ok}
+    return values | {"error": _finite(finding.error), "bound": _finite(finding.bound)}
+
+
+def _finite(x: float) -> float | None:
+    return float(x) if np.isfinite(x) else None
+
+
+def _mark(findings: Sequence[Finding]) -> str:
+    return "FAIL" if any(f.failed for f in findings) else "  ok"
+
+
+def _summary(findings: Sequence[Finding]) -> str:
+    worst = max(findings, key=lambda f: (f.failed, f.error / f.bound if f.bound else 0))
+    failed = [f.quantity for f in findings if f.failed]
+    what = ", ".join(dict.fromkeys(failed)) if failed else f"{len(findings)} tensors"
+    return f"{what}; worst {worst.error:.1e} of {worst.bound:.1e} allowed ({worst.quantity}, {worst.dtype})"

@@ -1,0 +1,191 @@
+"""A module, its port, and what of the one belongs to what of the other."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from torch import nn
+
+from jaxloss.parity._batch import Batch
+from jaxloss.parity._layout import Layout, Shape, same
+from jaxloss.parity._original import Original, Recording
+from jaxloss.parity._pairs import Call, CallPair, activation_layout, pair_weights
+from jaxloss.parity._port import Arrays, Port
+from jaxloss.parity._programs import Programs, abstract_run
+
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
+
+
+class View(NamedTuple):
+    """Both frameworks in one dtype."""
+
+    recording: Recording
+    state: dict[str, np.ndarray]  # the original's, before the run
+    port: Port
+    programs: Programs
+
+
+class Subject:
+    """What is checked, and how its parts are paired."""
+
+    def __init__(
+        self,
+        torch_module: nn.Module,
+        flax_module: nnx.Module,
+        batch: Batch,
+        train: bool,
+        seed: int,
+        feature_maps: Mapping[str, Sequence[int]],
+    ) -> None:
+        """Runs both once, to see what they call; in float64."""
+        self.torch_module, self.flax_module, self.batch = torch_module, flax_module, batch
+        self.train, self.seed = train, seed
+        self.feature_maps: dict[str, Shape] = {name: tuple(shape) for name, shape in feature_maps.items()}
+        self.pairs: list[CallPair] = []
+        self.exact = self.view("float64")
+        self._pair(self.exact)
+        self._choose_values(self.exact)
+
+    def view(self, dtype: str) -> View:
+        """Runs the original in a dtype and copies the port to it."""
+        original = Original(self.torch_module, getattr(torch, dtype), train=self.train)
+        state = original.state()
+        recording = original.run(self.batch.torch_inputs, self.batch.torch_objective, self.seed)
+        port = Port(self.flax_module, jnp.dtype(dtype), train=self.train)
+        port.set_flatten(self._flat_maps(port))
+        return View(recording, state, port, Programs(port, self.batch, self.pairs))
+
+    def original(self) -> Original:
+        """A fresh copy of the original, in float64."""
+        return Original(self.torch_module, torch.float64, train=self.train)
+
+    def trainee(self, optimizer: torch.optim.Optimizer | None) -> tuple[Original, torch.optim.Optimizer]:
+        """A fresh copy of the original with its optimizer; with Adam if there is none."""
+        original = Original(self.torch_module, torch.float64, train=self.train, optimizer=optimizer)
+        return original, original.optimizer or torch.optim.Adam(original.module.parameters(), lr=1e-3)
+
+    def backward(self, original: Original, step: int) -> list[np.ndarray]:
+        """Puts the gradients of a training step into the original, and returns what dropout kept."""
+        return original.backward(self.batch.torch_inputs, self.batch.torch_objective, self.seed + step)
+
+    @property
+    def name(self) -> str:
+        """What the whole is called in a report."""
+        return type(self.torch_module).__name__
+
+    def title(self, pair: CallPair) -> str:
+        """What a call is called in a report."""
+        name, index = pair.theirs
+        return (name or self.name) + (f" (call {index + 1})" if index else "")
+
+    @property
+    def places(self) -> list[str]:
+        """The edges, from the input to the output."""
+        names = ["the input", *map(self.title, self.pairs), "the output"]
+        return [f"between {a} and {b}" for a, b in itertools.pairwise(names)]
+
+    def output_to_flax(self, array: np.ndarray) -> np.ndarray:
+        """The original's outputs, or their gradient, as Flax has them."""
+        assert self.batch.layout is not None
+        return self.batch.layout.to_flax(array)
+
+    def parameter_pairs(self, layer: str | None = None) -> Iterator[tuple[str, str]]:
+        """Names of parameters with gradients in both, of one layer or of all."""
+        for ours, theirs in self.weight_pairs.items():
+            in_both = ours in self.exact.port.parameters and theirs in self.exact.recording.parameter_gradients
+            if in_both and layer in (None, ours.rpartition(".")[0]):
+                yield ours, theirs
+
+    def _pair(self, view: View) -> None:
+        recording, port = view.recording, view.port
+        shapes, result, self.drops = abstract_run(port, self.batch, recording.masks)
+        state = {name: array.shape for name, array in view.state.items() if not name.endswith("num_batches_tracked")}
+        ours = {name: weight.layout.merged for name, weight in port.weights.items()}
+        self.weight_pairs = pair_weights(ours, state, [name for name, _ in shapes], [c.name for c in recording.calls])
+        self.unmatched_ours = sorted(ours.keys() - self.weight_pairs.keys())
+        self.unmatched_theirs = sorted(state.keys() - set(self.weight_pairs.values()))
+        layers = {theirs.rpartition(".")[0]: ours.rpartition(".")[0] for ours, theirs in self.weight_pairs.items()}
+        for (name, _), feature_map in recording.flattened.items():
+            if name in layers:
+                self.feature_maps.setdefault(layers[name], feature_map)
+        port.set_flatten(self._flat_maps(port))
+        for call in recording.calls:
+            if (key := (layers.get(call.name, ""), call.index)) in shapes and call.name in layers:
+                arrived, left = shapes[key]
+                inputs = [
+                    self._layout(call.layer, *both, key)
+                    for both in zip(map(np.shape, call.inputs), arrived, strict=False)
+                ]
+                output = self._layout(call.layer, call.output.shape, left, key)
+                fitting = [layout for layout in inputs if layout is not None]
+                if output and len(call.inputs) == len(arrived) == len(fitting):
+                    self.pairs.append(CallPair(call.key, key, fitting, output))
+        self.batch.layout = activation_layout(recording.outputs.shape, result)
+        if self.batch.layout is None:
+            raise ValueError(f"check: the port's output is {result}, PyTorch's {recording.outputs.shape}.")
+
+    def _layout(self, layer: nn.Module, theirs: Shape, ours: Shape, call: Call) -> Layout | None:
+        return activation_layout(
+            tuple(theirs),
+            tuple(ours),
+            channels_first=isinstance(layer, _CHANNELS_FIRST),
+            feature_map=self.feature_maps.get(call[0]),
+        )
+
+    def _flat_maps(self, port: Port) -> dict[str, Shape]:
+        """The feature maps that `nnx.Linear` layers read as one axis; a LinearGeneral's kernel tells its own."""
+        linear = {weight.layer_name for weight in port.weights.values() if isinstance(weight.layer, nnx.Linear)}
+        return {name: shape for name, shape in self.feature_maps.items() if name in linear}
+
+    def _choose_values(self, view: View) -> None:
+        """The port's own weights if they come from PyTorch's, in whatever order; else PyTorch's."""
+        values, port = view.port.values(), view.port
+        for name in self._flat_maps(port):
+            if (theirs := self.weight_pairs.get(f"{name}.weight")) is not None:
+                ours = np.asarray(values[f"{name}.weight"])
+                if np.array_equal(ours, view.state[theirs].T):  # the port flattens in PyTorch's order
+                    self._forget_feature_map(name, view)
+        kernels = [np.asarray(values[name]) for name in self.weight_pairs if values[name].ndim > 1]
+        self.copied = bool(kernels) and not any(
+            same_values(kernel, theirs) for kernel in kernels for theirs in view.state.values()
+        )
+        self.values: Arrays = values
+        if self.copied:
+            self._copy_values(view)
+            for name in self._flat_maps(port):
+                if self._arrives_in_torchs_order(name, view):
+                    self._forget_feature_map(name, view)
+                    self._copy_values(view)
+
+    def _copy_values(self, view: View) -> None:
+        port = view.port
+        self.values = port.values() | {
+            ours: port.cast(port.weights[ours].layout.to_flax(view.state[theirs]))
+            for ours, theirs in self.weight_pairs.items()
+        }
+
+    def _arrives_in_torchs_order(self, name: str, view: View) -> bool:
+        cut = view.programs.cut(self.values, view.recording)
+        pair = next(pair for pair in self.pairs if pair.ours[0] == name)
+        call = next(call for call in view.recording.calls if call.key == pair.theirs)
+        arrived, (expected,) = np.asarray(cut.arrived[pair.ours][0]), pair.inputs_to_flax(call.inputs)
+        return bool(np.allclose(arrived, call.inputs[0], rtol=1e-9) and not np.allclose(arrived, expected, rtol=1e-9))
+
+    def _forget_feature_map(self, name: str, view: View) -> None:
+        del self.feature_maps[name]
+        view.port.set_flatten(self._flat_maps(view.port))
+        for pair in self.pairs:
+            if pair.ours[0] == name:
+                pair.inputs = [same(pair.inputs[0].shape)]
+        view.programs.reset()
+
+
+def same_values(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays hold the same values, in whatever order."""
+    if a.size != b.size or not np.isclose(np.abs(a).sum(), np.abs(b).sum(), rtol=1e-9):
+        return False
+    return bool((np.sort(a, axis=None) == np.sort(b, axis=None)).all())

@@ -1,0 +1,304 @@
+"""Faults that ports have: each must be found, at the right place, and named. The table of what is said is faults.md.
+
+To write the table anew: `python -m parity_tests.test_zoo`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+from torch.nn import functional as F  # noqa: N812
+
+import jaxloss
+from jaxloss.parity import Report
+from parity_tests.zoo import CASES, pad, run
+
+
+@dataclass
+class Fault:
+    """What is done to a port, and what the report must say."""
+
+    case: str
+    mutate: Callable[[Any], Any]
+    place: str
+    says: str  # in the diagnosis
+    kind: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    optimizers: Callable[[Any], Any] | None = None
+
+
+def set_on(path: str, **attributes: Any) -> Callable[[Any], None]:
+    """Sets attributes of a layer."""
+
+    def mutate(port: Any) -> None:
+        layer = get(port, path)
+        for name, value in attributes.items():
+            setattr(layer, name, value)
+
+    return mutate
+
+
+def change(path: str, function: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """Changes a weight."""
+
+    def mutate(port: Any) -> None:
+        variable = get(port, path)
+        variable.set_value(jnp.asarray(function(variable[...])))
+
+    return mutate
+
+
+def get(port: Any, path: str) -> Any:
+    for name in filter(None, path.split(".")):
+        port = port.layers[int(name)] if name.isdigit() else getattr(port, name)
+    return port
+
+
+def swap(first: str, second: str) -> Callable[[Any], None]:
+    def mutate(port: Any) -> None:
+        a, b = (nnx.state(get(port, path)) for path in (first, second))
+        nnx.update(get(port, first), jax.tree.map(jnp.copy, b))
+        nnx.update(get(port, second), jax.tree.map(jnp.copy, a))
+
+    return mutate
+
+
+def calls(**methods: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A port of a subclass with other methods."""
+
+    def mutate(port: Any) -> Any:
+        port.__class__ = type(type(port).__name__, (type(port),), methods)
+        return port
+
+    return mutate
+
+
+def nothing(port: Any) -> None:
+    """The fault is in the options."""
+
+
+def same_padding_stem(port: Any) -> None:
+    port.stem.padding = "SAME"
+
+
+def unpermute(kernel: Any) -> Any:
+    return jnp.moveaxis(kernel, 2, 0).reshape(kernel.shape)
+
+
+def after(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def mutate(port: Any) -> Any:
+        kind = type(port)
+        return calls(__call__=lambda self, x: function(kind.__call__(self, x)))(port)
+
+    return mutate
+
+
+def without_log_softmax(port: Any) -> Any:
+    def call(self: Any, images: Any) -> Any:
+        x = nnx.relu(pool(self.conv1(images)))
+        x = nnx.relu(pool(self.conv2_drop(self.conv2(x))))
+        return self.fc2(self.dropout(nnx.relu(self.fc1(x))))
+
+    return calls(__call__=call)(port)
+
+
+def pool(x: Any) -> Any:
+    return nnx.max_pool(x, (2, 2), (2, 2))
+
+
+def loss_with(ours: Callable[..., Any], theirs: Callable[..., Any] = F.cross_entropy) -> dict[str, Any]:
+    return {"losses": (theirs, ours)}
+
+
+def eval_for_ever(port: Any) -> None:
+    port.conv2_drop.rate = port.dropout.rate = 0.0
+
+
+def rows_in_torchs_order(kernel: Any) -> Any:
+    return kernel.reshape(5, 3, 4, 6).transpose(2, 0, 1, 3).reshape(kernel.shape)
+
+
+WEIGHT = np.linspace(0.5, 2, 10)
+
+
+def weighted(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(outputs, targets, torch.from_numpy(WEIGHT))
+
+
+def mean_of_rows(outputs: Any, targets: Any) -> Any:
+    return jaxloss.cross_entropy(outputs, targets, weight=WEIGHT, reduction="sum") / len(targets)
+
+
+def optimizer(kind: Callable[..., Any], ours: Any, says: str, *, step: int = 1, **options: Any) -> Fault:
+    """Another optimizer on the small network, seen at a step."""
+    pair = lambda original: (kind(original.parameters(), **options), ours)  # noqa: E731
+    return Fault("flat", nothing, f"step {step}", says, options={"steps": 3}, optimizers=pair)
+
+
+TRAIN = {"train": True}
+FAULTS = {
+    "transposed square kernel": Fault(
+        "transformer", change("proj.kernel", jnp.transpose), "proj", "inputs and outputs are swapped", "layout"
+    ),
+    "kernel height and width swapped": Fault(
+        "residual",
+        change("conv1.kernel", lambda k: k.swapaxes(0, 1)),
+        "conv1",
+        "axes in the order (1, 0, 2, 3)",
+        "layout",
+    ),
+    "kernel flipped": Fault(
+        "residual", change("conv2.kernel", lambda k: k[::-1, ::-1]), "conv2", "flipped along (0, 1)", "layout"
+    ),
+    "flatten order of the weights": Fault(
+        "cnn", change("fc.kernel", unpermute), "fc", "(channels, height, width)", "layout"
+    ),
+    "swapped layers of equal shapes": Fault("residual", swap("conv1", "conv2"), "conv1", "holds the weights of conv2"),
+    "bias never copied": Fault("residual", change("conv1.bias", jnp.zeros_like), "conv1", "still the initial 0"),
+    "bias missing": Fault(
+        "residual", set_on("conv1", bias=None, use_bias=False), "conv1", "no counterpart in the port"
+    ),
+    "stale running mean": Fault("residual", change("bn1.mean", jnp.zeros_like), "bn1", "still the initial 0"),
+    "weight scaled": Fault("cnn", change("fc.kernel", lambda k: 2 * k), "fc", "times 2", "scale"),
+    "SAME padding with stride": Fault("residual", same_padding_stem, "stem", "pads SAME"),
+    "no padding": Fault("cnn", set_on("layer2.0", padding="CIRCULAR"), "layer2.0", "pads CIRCULAR"),
+    "batch norm epsilon": Fault("residual", set_on("bn2", epsilon=1e-3), "bn2", "epsilon is 0.001"),
+    "layer norm epsilon": Fault("transformer", set_on("norm2", epsilon=1e-6), "norm2", "epsilon is 1e-06"),
+    "bfloat16 layer": Fault("transformer", set_on("up", dtype=jnp.bfloat16), "up", "computes in bfloat16", "precision"),
+    "float16 layer": Fault("cnn", set_on("fc", dtype=jnp.float16), "fc", "computes in float16", "precision"),
+    "GELU approximation": Fault("transformer", set_on("", approximate=True), "between up and down", "approximate=True"),
+    "attention not scaled": Fault("transformer", set_on("", scale=1.0), "between value and proj", "division by 2"),
+    "attention sees the future": Fault(
+        "transformer", set_on("", causal=False), "between value and proj", "leaves out a mask"
+    ),
+    "softmax over another axis": Fault(
+        "transformer", set_on("", axis=-2), "between value and proj", "softmax over axis 2"
+    ),
+    "residual missing": Fault(
+        "residual", calls(join=lambda self, y, x: nnx.relu(y)), "between bn2 and fc", "summands is missing"
+    ),
+    "relu missing": Fault("residual", calls(join=lambda self, y, x: y + x), "between bn2 and fc", "leaves out relu"),
+    "average without padding": Fault(
+        "residual", set_on("", count_include_pad=False), "between bn2 and fc", "counts padding"
+    ),
+    "maximum for average": Fault(
+        "residual",
+        calls(pool=lambda self, x: nnx.max_pool(x, (3, 3), (2, 2), pad())),
+        "between bn2 and fc",
+        "pools maxima",
+    ),
+    "softmax twice": Fault("cnn", after(jax.nn.softmax), "between fc and the output", "applies softmax"),
+    "logits for NLL": Fault("net", without_log_softmax, "between fc2 and the output", "leaves out log_softmax"),
+    "loss of probabilities": Fault(
+        "cnn",
+        nothing,
+        "loss",
+        "softmax is applied twice",
+        options=loss_with(lambda x, y: jaxloss.cross_entropy(jax.nn.softmax(x), y)),
+    ),
+    "sum for mean": Fault(
+        "cnn",
+        nothing,
+        "loss",
+        "reduction is 'sum'",
+        options=loss_with(lambda x, y: jaxloss.cross_entropy(x, y, reduction="sum")),
+    ),
+    "stopped gradient": Fault(
+        "residual",
+        calls(join=lambda self, y, x: nnx.relu(y + jax.lax.stop_gradient(x))),
+        "between stem and conv1",
+        "derivative",
+    ),
+    "batch norm momentum": Fault(
+        "residual", set_on("bn1", momentum=0.1), "bn1", "takes PyTorch's momentum", options=TRAIN
+    ),
+    "biased running variance": Fault(
+        "residual",
+        lambda port: setattr(port.bn2, "__class__", nnx.BatchNorm),
+        "bn2",
+        "by n, PyTorch by n - 1",
+        options=TRAIN,
+    ),
+    "dropout rate": Fault(
+        "net", set_on("dropout", rate=0.25), "between fc1 and fc2", "rate 0.25, PyTorch at 0.5", "scale", TRAIN
+    ),
+    "dropout of elements": Fault(
+        "net", set_on("conv2_drop", broadcast_dims=()), "between conv2 and fc1", "drops elements", options=TRAIN
+    ),
+    "left in eval mode": Fault("net", eval_for_ever, "between conv2 and fc1", "drops nothing", options=TRAIN),
+    "flatten order": Fault(
+        "flat", change("fc.kernel", rows_in_torchs_order), "between conv and fc", "flattens (height, width, channels)"
+    ),
+    "ignore_index dropped": Fault(
+        "cnn",
+        nothing,
+        "loss",
+        "does not ignore 3",
+        options=loss_with(jaxloss.cross_entropy, partial(F.cross_entropy, ignore_index=3)),
+    ),
+    "mean over all rows": Fault(
+        "cnn", nothing, "loss", "by the number of rows", options=loss_with(mean_of_rows, weighted)
+    ),
+    "label smoothing missing": Fault(
+        "cnn",
+        nothing,
+        "loss",
+        "label_smoothing is 0",
+        options=loss_with(jaxloss.cross_entropy, partial(F.cross_entropy, label_smoothing=0.2)),
+    ),
+    "log-probabilities once more": Fault(
+        "net", nothing, "loss", "", options=loss_with(lambda x, y: jaxloss.nll_loss(jnp.exp(x), y), F.nll_loss)
+    ),
+    "weight decay of optax's adamw": optimizer(
+        torch.optim.AdamW, optax.adamw(1e-3), "weight_decay is 0.0001, PyTorch's 0.01"
+    ),
+    "decoupled weight decay": optimizer(
+        torch.optim.Adam, optax.adamw(1e-3, weight_decay=0.1), "decoupled_weight_decay is True", weight_decay=0.1
+    ),
+    "Adam epsilon": optimizer(torch.optim.Adam, optax.adam(1e-3, eps=1e-6), "eps is 1e-06"),
+    "nesterov missing": optimizer(
+        torch.optim.SGD, optax.sgd(0.1, momentum=0.9), "nesterov is False", lr=0.1, momentum=0.9, nesterov=True
+    ),
+    "dampening": optimizer(
+        torch.optim.SGD, optax.sgd(0.1, momentum=0.9), "dampening is 0.0", step=2, lr=0.1, momentum=0.9, dampening=0.5
+    ),
+    "RMSprop decay": optimizer(
+        torch.optim.RMSprop, optax.rmsprop(1e-2, decay=0.9, eps_in_sqrt=False), "alpha is 0.9, PyTorch's 0.99"
+    ),
+}
+
+
+def diagnose(fault: Fault) -> Report:
+    options = {"steps": 0, "dtypes": ("float64",), "optimizers": fault.optimizers} | fault.options
+    return run(CASES[fault.case], 0, fault.mutate, **options)
+
+
+def row(name: str) -> str:
+    """A line of the table: where the fault is found, and what is said of it."""
+    fault, first = FAULTS[name], diagnose(FAULTS[name]).first_divergence
+    assert first is not None
+    assert first.place == fault.place
+    assert fault.says in first.diagnosis + first.problem
+    assert fault.kind in (None, first.kind)
+    return f"| {name} | {fault.case} | {first.place} | {first.kind or 'missing'} | {first.diagnosis or first.problem} |"
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_found_placed_and_named(name):
+    assert row(name) in TABLE.read_text().splitlines()
+
+
+TABLE = Path(__file__).parent / "faults.md"
+
+if __name__ == "__main__":
+    head = ["| fault | network | found at | class | diagnosis |", "| --- | --- | --- | --- | --- |"]
+    TABLE.write_text("\n".join([*head, *map(row, FAULTS)]) + "\n")

@@ -1,0 +1,212 @@
+"""Three small networks in both frameworks, and the faults that ports of them have: what the toolkit must find."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from flax import nnx
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+import jaxloss
+from jaxloss.parity import Report, check, load_torch
+from parity_tests import torch_models
+from train import models
+
+
+class TorchResidual(nn.Module):
+    """A ResNet-style block between a stem and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.stem(x))
+        y = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(y)) + x)
+        return self.fc(F.avg_pool2d(x, 3, stride=2, padding=1).mean((2, 3)))
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Keeps the unbiased variance, as PyTorch does."""
+
+    def __call__(self, x: Any, **kwargs: Any) -> Any:
+        old = self.var[...]
+        y = super().__call__(x, **kwargs)
+        if not self.use_running_average:
+            n = x.size // x.shape[-1]
+            biased = (self.var[...] - self.momentum * old) / (1 - self.momentum)
+            self.var[...] = self.momentum * old + (1 - self.momentum) * biased * n / (n - 1)
+        return y
+
+
+def pad(size: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (size, size), (size, size)
+
+
+class FlaxResidual(nnx.Module):
+    """`TorchResidual`, ported."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        norm = {"momentum": 0.9, "epsilon": 1e-5, "use_fast_variance": False, "rngs": rngs}
+        self.stem = nnx.Conv(3, 8, (3, 3), strides=(2, 2), padding=1, rngs=rngs)
+        self.conv1 = nnx.Conv(8, 8, (3, 3), padding=1, rngs=rngs)
+        self.bn1 = BatchNorm(8, **norm)
+        self.conv2 = nnx.Conv(8, 8, (3, 3), padding=1, rngs=rngs)
+        self.bn2 = BatchNorm(8, **norm)
+        self.fc = nnx.Linear(8, 5, rngs=rngs)
+        self.count_include_pad = True
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nnx.relu(self.stem(x))
+        y = nnx.relu(self.bn1(self.conv1(x)))
+        x = self.join(self.bn2(self.conv2(y)), x)
+        return self.fc(self.pool(x).mean((1, 2)))
+
+    def pool(self, x: jax.Array) -> jax.Array:
+        return nnx.avg_pool(x, (3, 3), (2, 2), pad(), count_include_pad=self.count_include_pad)
+
+    def join(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        return nnx.relu(y + x)
+
+
+class TorchTransformer(nn.Module):
+    """One pre-norm block over a sequence, with causal attention, and a head on its last position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.norm1 = nn.LayerNorm(8)
+        self.query, self.key, self.value, self.proj = (nn.Linear(8, 8) for _ in range(4))
+        self.norm2 = nn.LayerNorm(8)
+        self.up = nn.Linear(8, 16)
+        self.down = nn.Linear(16, 8)
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        x = x + self.proj(self.attend(self.norm1(x)))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return self.head(x[:, -1])
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        q, k, v = (f(x).view(batch, length, 2, width // 2).transpose(1, 2) for f in (self.query, self.key, self.value))
+        scores = q @ k.transpose(-1, -2) / (width // 2) ** 0.5
+        mask = torch.ones(length, length, dtype=torch.bool).triu(1)
+        weights = F.softmax(scores.masked_fill(mask, -torch.inf), dim=-1)
+        return (weights @ v).transpose(1, 2).reshape(batch, length, width)
+
+
+class FlaxTransformer(nnx.Module):
+    """`TorchTransformer`, ported."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(11, 8, rngs=rngs)
+        self.norm1 = nnx.LayerNorm(8, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.query, self.key, self.value, self.proj = (nnx.Linear(8, 8, rngs=rngs) for _ in range(4))
+        self.norm2 = nnx.LayerNorm(8, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.up = nnx.Linear(8, 16, rngs=rngs)
+        self.down = nnx.Linear(16, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 11, rngs=rngs)
+        self.scale, self.causal, self.axis, self.approximate = 0.5, True, -1, False
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.embed(tokens)
+        x = x + self.proj(self.attend(self.norm1(x)))
+        x = x + self.down(jax.nn.gelu(self.up(self.norm2(x)), approximate=self.approximate))
+        return self.head(x[:, -1])
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        batch, length, width = x.shape
+        q, k, v = (f(x).reshape(batch, length, 2, width // 2) for f in (self.query, self.key, self.value))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.scale
+        if self.causal:
+            scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=self.axis)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
+
+
+class TorchFlat(nn.Module):
+    """A convolution whose feature map is flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.fc = nn.Linear(4 * 5 * 3, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(F.relu(self.conv(x)).flatten(1))
+
+
+class FlaxFlat(nnx.Module):
+    """`TorchFlat`, ported: the rows of `fc` have to be permuted."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(1, 4, (3, 3), padding=0, rngs=rngs)
+        self.fc = nnx.Linear(4 * 5 * 3, 6, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc(nnx.relu(self.conv(x)).reshape(len(x), -1))
+
+
+@dataclass
+class Case:
+    """A network in both frameworks, and how it is trained."""
+
+    original: Callable[[], nn.Module]
+    port: Callable[[nnx.Rngs], Any]
+    batch: Callable[[], Any]
+    losses: Any = (F.cross_entropy, jaxloss.cross_entropy)
+    flatten: dict[str, tuple[int, ...]] | None = None
+
+
+def images(channels: int, size: int) -> Callable[[], torch.Tensor]:
+    return lambda: torch.randn(6, channels, size, size)
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    """Moves every weight and running statistic away from the values it starts from."""
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand_like(tensor) * 0.3 if "var" in name else torch.randn_like(tensor) * 0.1)
+    return module
+
+
+CASES = {
+    "cnn": Case(torch_models.CNN, models.CNN, images(1, 28)),
+    "net": Case(torch_models.Net, models.Net, images(1, 28), (F.nll_loss, jaxloss.nll_loss)),
+    "residual": Case(TorchResidual, FlaxResidual, images(3, 12)),
+    "flat": Case(TorchFlat, FlaxFlat, lambda: torch.randn(6, 1, 7, 5), flatten={"fc": (4, 5, 3)}),
+    "transformer": Case(TorchTransformer, FlaxTransformer, lambda: torch.randint(11, (6, 7))),
+}
+
+
+def run(
+    case: Case,
+    seed: int = 0,
+    fault: Callable[[Any], Any] | None = None,
+    optimizers: Callable[[Any], Any] | None = None,
+    **options: Any,
+) -> Report:
+    """Checks a port, with a fault in it if there is one."""
+    torch.manual_seed(seed)
+    original = randomise(case.original())
+    port = load_torch(case.port(nnx.Rngs(0)), original.state_dict(), flatten=case.flatten or {})
+    if fault is not None:
+        port = fault(port) or port
+    pair = optimizers(original) if optimizers else None
+    return check(original, port, case.batch(), **{"losses": case.losses, "optimizers": pair} | options)
+
+
+__all__ = ["CASES", "Case", "run"]
