@@ -170,7 +170,7 @@ FAULTS = {
     "stale running mean": Fault("residual", change("bn1.mean", jnp.zeros_like), "bn1", "still the initial 0"),
     "weight scaled": Fault("cnn", change("fc.kernel", lambda k: 2 * k), "fc", "times 2", "scale"),
     "SAME padding with stride": Fault("residual", same_padding_stem, "stem", "pads SAME"),
-    "no padding": Fault("cnn", set_on("layer2.0", padding="CIRCULAR"), "layer2.0", "pads CIRCULAR"),
+    "circular padding": Fault("cnn", set_on("layer2.0", padding="CIRCULAR"), "layer2.0", "pads CIRCULAR"),
     "batch norm epsilon": Fault("residual", set_on("bn2", epsilon=1e-3), "bn2", "epsilon is 0.001"),
     "layer norm epsilon": Fault("transformer", set_on("norm2", epsilon=1e-6), "norm2", "epsilon is 1e-06"),
     "bfloat16 layer": Fault("transformer", set_on("up", dtype=jnp.bfloat16), "up", "computes in bfloat16", "precision"),

@@ -1,17 +1,7 @@
 """The PyTorch originals of `train.models`, as the source notes have them: the reference they are held against."""
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
-
-
-class DropoutMasks(NamedTuple):
-    """Which activations of `Net` survive dropout."""
-
-    conv2_drop: Tensor  # (batch, 20, 1, 1)
-    dropout: Tensor  # (batch, 50)
 
 
 class CNN(nn.Module):
@@ -40,15 +30,10 @@ class Net(nn.Module):
         self.fc1 = nn.Linear(320, 50)
         self.fc2 = nn.Linear(50, 10)
 
-    def forward(self, x: Tensor, masks: DropoutMasks | None = None) -> Tensor:
-        """With `masks`, training mode drops what they say instead of drawing."""
-        given = masks if self.training else None
+    def forward(self, x: Tensor) -> Tensor:
         x = F.relu(F.max_pool2d(self.conv1(x), 2))
-        x = self.conv2(x)
-        x = x * given.conv2_drop / (1 - 0.5) if given else self.conv2_drop(x)
-        x = F.relu(F.max_pool2d(x, 2)).view(-1, 320)
-        x = F.relu(self.fc1(x))
-        x = x * given.dropout / (1 - 0.5) if given else F.dropout(x, 0.5, training=self.training)
+        x = F.relu(F.max_pool2d(self.conv2_drop(self.conv2(x)), 2)).view(-1, 320)
+        x = F.dropout(F.relu(self.fc1(x)), 0.5, training=self.training)
         return F.log_softmax(self.fc2(x), dim=1)
 
 
@@ -68,9 +53,3 @@ class ExNN(nn.Module):
     def forward2(self, x: Tensor) -> Tensor:
         """Log-probabilities, for NLLLoss."""
         return self.log_softmax(self.forward1(x))
-
-
-def draw_masks(batch: int) -> DropoutMasks:
-    """Draws from PyTorch's global stream what `Net` would draw for a batch, in the same order."""
-    channels = F.dropout2d(torch.ones(batch, 20, 8, 8), 0.5)
-    return DropoutMasks(channels[:, :, :1, :1] != 0, F.dropout(torch.ones(batch, 50), 0.5) != 0)

@@ -1,18 +1,20 @@
-"""The porting toolkit: weights between PyTorch and Flax NNX. Importing it loads neither."""
+"""The porting toolkit: checks, weights and optimizers from PyTorch to Flax NNX. Importing it loads neither."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxloss.parity._assert_close import assert_close
     from jaxloss.parity._check import check
     from jaxloss.parity._report import Report
     from jaxloss.parity.optimizers import clip_grad_norm, optimizer
     from jaxloss.parity.weights import load_torch, to_torch
 
-__all__ = ["Report", "check", "clip_grad_norm", "load_torch", "optimizer", "to_torch"]
+__all__ = ["Report", "assert_close", "check", "clip_grad_norm", "load_torch", "optimizer", "to_torch"]
 
 _HOMES = {
     "Report": "_report",
+    "assert_close": "_assert_close",
     "check": "_check",
     "clip_grad_norm": "optimizers",
     "load_torch": "weights",

@@ -1,6 +1,6 @@
 """Whether a Flax port computes what its PyTorch original does, and the first place where it does not."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,7 @@ def check(
     train: bool = False,
     dtypes: Sequence[str] = ("float64", "float32"),
     seed: int = 0,
+    progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
     """Compares a Flax NNX port with its PyTorch original, and finds the first place where they differ, and why.
 
@@ -65,6 +66,7 @@ def check(
         train: train mode instead of evaluation. What dropout keeps is drawn once and given to both.
         dtypes: "float32", "bfloat16" or "float16" beside "float64", which is always checked.
         seed: of dropout, targets and random numbers. Global random states are not touched.
+        progress: called with the name of each stage as it begins.
 
     Returns:
         The report: `ok`, `first_divergence`, one line per place when printed, `to_json`.
@@ -90,19 +92,25 @@ def check(
     batch = Batch(torch_batch, flax_batch, losses, seed)
     findings = Findings()
     with jax.enable_x64(True):
+        progress("pairing layers")
         subject = Subject(torch_module, flax_module, batch, train, seed, layouts or {})
         exact = subject.exact
         findings.notes += batch.notes
         _unmatched(findings, subject)
+        progress("layers and edges in float64")
         cut = exact.programs.cut(subject.values, exact.recording)
         _compare_pieces(findings, subject, exact, cut)
         _compare_statistics(findings, subject, exact, cut)
+        progress("the whole network in float64")
         free = exact.programs.free(subject.values, exact.recording.masks)
         _compare_whole(findings, subject, exact, free)
+        progress("optimizer steps")
         compare_steps(findings, subject, exact, optimizers, steps)
+        progress("looking for the reason")
         diagnose(subject, findings.failures, optimizers[0] if optimizers else None)
     for dtype in dtypes:
         if dtype != "float64":
+            progress(f"layers and edges in {dtype}")
             _compare_rounding(findings, subject, dtype)
     return Report(findings.all, findings.notes, subject.weight_pairs, findings.noise, findings.controls)
 
@@ -113,6 +121,11 @@ def _unmatched(findings: Findings, subject: Subject) -> None:
     for names, where in ((subject.unmatched_ours, "PyTorch"), (subject.unmatched_theirs, "the port")):
         for name in names:
             findings.fail(name.rpartition(".")[0], name.rpartition(".")[2], f"has no counterpart in {where}")
+    for name in subject.aliased():
+        problem = "shares PyTorch's memory: an in-place optimizer changes it; copy with load_torch or jnp.array"
+        findings.fail(name.rpartition(".")[0] or subject.name, name.rpartition(".")[2], problem)
+    for i in subject.exact.recording.mutated:
+        findings.notes.append(f"PyTorch's module changes its input {i} in place; the port gets it as it was.")
 
 
 def _compare_weights(findings: Findings, subject: Subject, layer: str) -> None:

@@ -120,10 +120,12 @@ def relative(ours: Any, theirs: np.ndarray) -> float:
 def mutants(array: np.ndarray) -> dict[str, np.ndarray]:
     """Wrong versions of an array, each of which a comparison must refuse."""
     flat = array.ravel()
+    if not flat.any():
+        return {"element": np.ones_like(array)}
     where = int(np.nanargmax(np.where(np.isfinite(flat), np.abs(flat), -1)))
-    wrong = {"sign": -array, "scale": array * (1 + 1e-9), "element": flat.copy()}
-    wrong["element"][where] *= 1 + 1e-6
-    wrong["element"] = wrong["element"].reshape(array.shape)
+    element = flat.copy()
+    element[where] *= 1 + 1e-6
+    wrong = {"sign": -array, "scale": array * (1 + 1e-9), "element": element.reshape(array.shape)}
     if array.size > 1:
         wrong["order"] = np.roll(flat, 1).reshape(array.shape)
-    return wrong
+    return {name: np.asarray(each) for name, each in wrong.items()}

@@ -23,7 +23,7 @@ def classify(ours: np.ndarray, theirs: np.ndarray) -> Fault:
     if ours.shape != theirs.shape or not np.isfinite(widen(ours)).all() or not np.isfinite(widen(theirs)).all():
         return Fault("semantic")
     x, y = widen(ours), widen(theirs)
-    if x.dtype != np.float64:
+    if x.dtype != np.float64 or not y.any():
         return Fault("semantic")
     for fault in (_layout(x, y), _scale(x, y), _precision(x, y), _localised(x, y)):
         if fault is not None:

@@ -112,7 +112,7 @@ class Original:
     def forward(self, inputs: Sequence[Tensor], functions: "Functions") -> tuple[list[LayerCall], Tensor]:
         """Runs the module, and records its layers."""
         calls: list[LayerCall] = []
-        with self._recorded(calls, functions), functions:
+        with _own_random_state(), self._recorded(calls, functions), functions:
             outputs = self.module(*inputs)
         if not isinstance(outputs, Tensor):
             raise TypeError(f"check: the PyTorch module returned a {type(outputs).__name__}, expected one tensor.")
@@ -122,7 +122,7 @@ class Original:
         """Puts gradients into the parameters, and returns what dropout kept."""
         self.module.zero_grad()
         functions = Functions(seed)
-        with functions:
+        with _own_random_state(), functions:
             outputs = self.module(*self.cast(inputs))
         objective(outputs).backward()
         return functions.masks
@@ -172,6 +172,13 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     array = to_array(tensor)
     assert array is not None
     return np.array(array)
+
+
+@contextmanager
+def _own_random_state() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def _fresh(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

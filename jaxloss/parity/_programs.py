@@ -23,8 +23,8 @@ class CutRun:
     outputs: dict[Call, jax.Array]
     statistics: Arrays
     parameter_gradients: Arrays
-    input_gradients: list[jax.Array]  # of the network
-    layer_gradients: dict[Call, list[jax.Array]]  # with respect to the layers' inputs
+    input_gradients: list[Any]  # of the network
+    layer_gradients: dict[Call, list[Any]]  # with respect to the layers' inputs
     output_gradients: dict[Call, jax.Array]  # with respect to the layers' outputs, over the edges
 
 
@@ -37,7 +37,7 @@ class FreeRun:
     outputs: dict[Call, jax.Array]
     statistics: Arrays
     parameter_gradients: Arrays
-    input_gradients: list[jax.Array]
+    input_gradients: list[Any]
 
 
 class Programs:

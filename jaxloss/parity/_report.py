@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.text import Text
+from rich.tree import Tree
 
 from jaxloss.parity._findings import Finding
 
@@ -51,7 +53,26 @@ class Report:
         """The verdict, the first divergence, and a line per place."""
         return "\n".join(self._lines())
 
+    def __rich__(self) -> Tree:
+        """A tree of places, the failed ones open."""
+        head, *rest = self._head()
+        tree = Tree(Text("\n".join([head, *rest]), style="bold green" if self.ok else "bold red"))
+        for place, findings in self.places().items():
+            failed = [finding for finding in findings if finding.failed]
+            style = "red" if failed else "green"
+            branch = tree.add(Text(f"{place}: {_summary(findings)}", style=style))
+            for finding in failed:
+                branch.add(Text(str(finding), style="red"))
+        return tree
+
     def _lines(self) -> Iterator[str]:
+        yield from self._head()
+        for place, findings in self.places().items():
+            yield f"{_mark(findings)} {place}: {_summary(findings)}"
+        for quantity, (ours, theirs) in self.noise.items():
+            yield f"not judged: {quantity} {ours:.1e} from float64, PyTorch's {theirs:.1e}"
+
+    def _head(self) -> Iterator[str]:
         judged = [f for f in self.findings if f.judged]
         if self.ok:
             yield f"ok: {len(judged)} tensors agree with PyTorch."
@@ -65,10 +86,6 @@ class Report:
         else:
             yield "nothing can be said: no tensor was compared, or a planted fault was not caught."
         yield from (f"note: {note}" for note in self.notes)
-        for place, findings in self.places().items():
-            yield f"{_mark(findings)} {place}: {_summary(findings)}"
-        for quantity, (ours, theirs) in self.noise.items():
-            yield f"not judged: {quantity} {ours:.1e} from float64, PyTorch's {theirs:.1e}"
 
     def places(self) -> dict[str, list[Finding]]:
         """Findings by place, in order."""

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from jaxloss.parity._original import Original, Recording
 from jaxloss.parity._pairs import Call, CallPair, activation_layout, pair_weights
 from jaxloss.parity._port import Arrays, Port
 from jaxloss.parity._programs import Programs, abstract_run
+from jaxloss.parity.weights import weights_of
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
 
@@ -71,6 +73,17 @@ class Subject:
     def backward(self, original: Original, step: int) -> list[np.ndarray]:
         """Puts the gradients of a training step into the original, and returns what dropout kept."""
         return original.backward(self.batch.torch_inputs, self.batch.torch_objective, self.seed + step)
+
+    def aliased(self) -> Iterator[str]:
+        """The port's weights that lie in memory of the original's."""
+        tensors = self.torch_module.state_dict().values()
+        starts = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        for name, weight in weights_of(self.flax_module, {}).items():
+            array = weight.variable.get_value()
+            if isinstance(array, jax.Array) and array.is_fully_addressable and len(array.devices()) == 1:
+                pointer = array.unsafe_buffer_pointer()
+                if any(start <= pointer < start + size for start, size in starts.items()):
+                    yield name
 
     @property
     def name(self) -> str:

@@ -1,0 +1,182 @@
+"""Checks a port from the command line: `python -m jaxloss.parity check module:torch_model module:flax_model …`.
+
+Exit status: 0 equal, 1 different, 2 could not compare.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from tyro.conf import Positional
+
+COULD_NOT = 2
+
+
+@dataclass
+class Check:
+    """Compare a Flax port with its PyTorch original, layer by layer."""
+
+    torch_model: Positional[str]
+    """module:attribute of a torch.nn.Module, or of a function without arguments that makes one"""
+    flax_model: Positional[str]
+    """module:attribute of an nnx.Module, or of a function without arguments that makes one"""
+    batch: Path
+    """.npz file: the inputs in their order, as PyTorch takes them; "targets"; and if Flax's inputs are not PyTorch's \
+with 4-D ones transposed, those as flax_NAME"""
+    json: Path | None = None
+    """write the report here too"""
+    loss: Literal["cross_entropy", "nll_loss", "none"] = "cross_entropy"
+    """what the outputs are for"""
+    train: bool = False
+    """train mode, with the same dropout masks in both"""
+    steps: int = 10
+    """steps with Adam; 0 for none"""
+    dtypes: tuple[str, ...] = ("float64", "float32")
+    """float64 is always checked"""
+
+    def run(self, console: Console) -> int:
+        """Prints the report."""
+        from torch.nn import functional
+
+        import jaxloss
+        from jaxloss import parity
+
+        losses = None if self.loss == "none" else (getattr(functional, self.loss), getattr(jaxloss, self.loss))
+        torch_model, flax_model = _load(self.torch_model, "torch.nn"), _load(self.flax_model, "flax.nnx")
+        theirs, ours = _read_batch(self.batch, with_targets=losses is not None)
+        with console.status("starting") as status:
+            report = parity.check(
+                torch_model,
+                flax_model,
+                theirs,
+                ours,
+                losses=losses,
+                train=self.train,
+                steps=self.steps,
+                dtypes=self.dtypes,
+                progress=lambda stage: status.update(f"{stage} …"),
+            )
+        if self.json is not None:
+            report.to_json(self.json)
+        console.print(report if console.is_terminal else str(report), markup=False, soft_wrap=True, highlight=False)
+        return 0 if report.ok else 1
+
+
+@dataclass
+class Diff:
+    """Compare the arrays of two .npz files by name."""
+
+    ours: Positional[Path]
+    theirs: Positional[Path]
+    tolerance: float = 1e-12
+    """relative L2 distance that passes"""
+
+    def run(self, console: Console) -> int:
+        """Prints a line for every array."""
+        from jaxloss.parity._compare import compare
+        from jaxloss.parity._faults import classify
+
+        ours, theirs = _read_arrays(self.ours), _read_arrays(self.theirs)
+        if not ours or not theirs:
+            raise ValueError(f"{self.ours if not ours else self.theirs} holds no arrays.")
+        differ = False
+        for name in ours | theirs:
+            if name not in ours or name not in theirs:
+                console.print(f"FAIL {name}: only in {self.theirs if name in theirs else self.ours}", markup=False)
+                differ = True
+                continue
+            outcome = compare(ours[name], theirs[name], tolerance=self.tolerance, may_be_constant=True)
+            fault = classify(ours[name], theirs[name]) if not outcome.ok else None
+            why = f" [{fault.kind}] {fault.seen}".rstrip() if fault else ""
+            what = outcome.problem or f"{outcome.error:.2g} of its norm"
+            console.print(f"{'FAIL' if fault else '  ok'} {name}: {what}{why}", markup=False, soft_wrap=True)
+            differ |= fault is not None
+        return int(differ)
+
+
+@dataclass
+class Doctor:
+    """Show what on this machine can make equal programs differ."""
+
+    def run(self, console: Console) -> int:
+        """Prints a table."""
+        from jaxloss.parity._doctor import examine
+
+        for name, value, remark in examine():
+            console.print(f"{name:26} {value:24} {remark}".rstrip(), markup=False, soft_wrap=True, highlight=False)
+        return 0
+
+
+Command = (
+    Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Diff, tyro.conf.subcommand("diff")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+)
+
+
+def main() -> int:
+    """Runs a command, and turns what cannot be compared into a line."""
+    command = tyro.cli(Command, prog="python -m jaxloss.parity", description=__doc__)
+    try:
+        return command.run(Console(width=None if sys.stdout.isatty() else 10_000))
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # whatever a stranger's module raises
+        print(f"Could not compare. {type(error).__name__}: {error}", file=sys.stderr)
+        return COULD_NOT
+
+
+def _load(where: str, kind: str) -> Any:
+    """The object, or what it makes if it is no module of its kind."""
+    module, _, attribute = where.partition(":")
+    if not attribute:
+        raise ValueError(f"{where!r} should be module:attribute.")
+    found = getattr(_import(module), attribute)
+    wanted = importlib.import_module(kind).Module
+    made = found if isinstance(found, wanted) else _call(found, where)
+    if not isinstance(made, wanted):
+        raise TypeError(f"{where} gives a {type(made).__name__}, expected a {kind}.Module.")
+    return made
+
+
+def _import(module: str) -> Any:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return importlib.import_module(module)
+
+
+def _call(make: Callable[[], Any], where: str) -> Any:
+    if not callable(make):
+        raise TypeError(f"{where} is a {type(make).__name__}, expected a module or a function that makes one.")
+    return make()
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        if isinstance(arrays, np.ndarray):
+            raise ValueError(f"{path} holds one array, expected an .npz file.")
+        return dict(arrays)
+
+
+def _read_batch(path: Path, *, with_targets: bool) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...] | None]:
+    arrays = _read_arrays(path)
+    ours = tuple(array for name, array in arrays.items() if name.startswith("flax_"))
+    theirs = tuple(array for name, array in arrays.items() if name != "targets" and not name.startswith("flax_"))
+    if not theirs:
+        raise ValueError(f"{path} holds no inputs.")
+    if with_targets and "targets" in arrays:
+        theirs += (arrays["targets"],)
+    elif with_targets and len(theirs) > 1:
+        raise ValueError(f'{path} holds several inputs but no "targets".')
+    return theirs, ours or None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

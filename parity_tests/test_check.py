@@ -1,0 +1,307 @@
+"""The parity engine: right ports pass, in every mode; strange ones get an error or a verdict, never a wrong "ok"."""
+
+import copy
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+from hypothesis import settings
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+import jaxloss
+from jaxloss import parity
+from parity_tests import torch_models
+from parity_tests.gates import assert_float64_close
+from parity_tests.zoo import CASES, TorchFlat, randomise, run
+from train import models
+
+CROSS_ENTROPY, NLL = (F.cross_entropy, jaxloss.cross_entropy), (F.nll_loss, jaxloss.nll_loss)
+
+
+class TorchLogits(torch_models.ExNN):
+    forward = torch_models.ExNN.forward1
+
+
+class TorchLogProbs(torch_models.ExNN):
+    forward = torch_models.ExNN.forward2
+
+
+class FlaxLogits(models.ExNN):
+    __call__ = models.ExNN.forward1
+
+
+class FlaxLogProbs(models.ExNN):
+    __call__ = models.ExNN.forward2
+
+
+def points() -> torch.Tensor:
+    return torch.randn(8, 2)
+
+
+def images() -> torch.Tensor:
+    return torch.randn(8, 1, 28, 28)
+
+
+MODELS: dict[str, tuple[Any, Any, Callable[[], torch.Tensor], Any]] = {
+    "cnn": (torch_models.CNN, models.CNN, images, CROSS_ENTROPY),
+    "net": (torch_models.Net, models.Net, images, NLL),
+    "exnn-logits": (TorchLogits, FlaxLogits, points, CROSS_ENTROPY),
+    "exnn-log-probabilities": (TorchLogProbs, FlaxLogProbs, points, NLL),
+}
+LAYERS = {"cnn": ["layer1.0", "layer2.0", "fc"], "net": ["conv1", "conv2", "fc1", "fc2"]}
+
+
+def make(name: str) -> tuple[nn.Module, nnx.Module, torch.Tensor, Any]:
+    original, port, batch, losses = MODELS[name]
+    torch.manual_seed(0)
+    module = original()
+    return module, parity.load_torch(port(nnx.Rngs(0)), module.state_dict()), batch(), losses
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", MODELS)
+def test_our_models_equal_their_originals(name, train):
+    module, port, batch, losses = make(name)
+    sgd = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9), optax.sgd(0.05, momentum=0.9)
+    report = parity.check(module, port, batch, losses=losses, train=train, optimizers=sgd if train else None)
+    assert report.ok, str(report)
+    places = ["the input", *LAYERS.get(name, ["fc1", "fc2"]), "the output"]
+    expected = {*places[1:-1], *(f"between {a} and {b}" for a, b in itertools.pairwise(places))}
+    assert expected | {"loss", "whole network", "step 10"} <= report.places().keys()
+    quantities = {(finding.place, finding.quantity) for finding in report.findings}
+    for layer in places[1:-1]:
+        wanted = ("weight", "bias", "output", "gradient of input", "gradient of weight", "gradient of bias")
+        assert {(layer, quantity) for quantity in wanted} <= quantities
+    assert 0 < report.minimum_detectable < 1e-9
+    assert report.controls[0] == report.controls[1] > 50
+
+
+def test_both_heads_of_exnn_train_alike():
+    """Cross entropy on logits and NLL on log-probabilities: the same losses and weights, ten steps long."""
+    results = []
+    with jax.enable_x64(True):
+        batch = np.random.default_rng(0).normal(size=(8, 2)), np.arange(8) % 3
+        for kind, loss in ((FlaxLogits, jaxloss.cross_entropy), (FlaxLogProbs, jaxloss.nll_loss)):
+            graph, weights = nnx.split(kind(nnx.Rngs(0)))
+            weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), weights)
+            adam, losses = optax.adam(1e-3), []
+            state = adam.init(weights)
+            value_and_grad = jax.jit(
+                jax.value_and_grad(lambda w, graph=graph, loss=loss: loss(nnx.merge(graph, w)(batch[0]), batch[1]))
+            )
+            for _ in range(10):
+                value, gradient = value_and_grad(weights)
+                updates, state = adam.update(gradient, state)
+                weights = optax.apply_updates(weights, updates)
+                losses.append(value)
+            results.append({"losses": jnp.array(losses), "weights": jax.tree.leaves(weights)})
+    assert_float64_close(*results, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", ["residual", "transformer", "flat"])
+def test_other_right_ports_pass(name, train):
+    report = run(CASES[name], train=train, steps=3)
+    assert report.ok, str(report)
+
+
+def test_no_false_alarm_over_seeds():
+    """200 seeds with --hypothesis-profile=thorough."""
+    names = ["flat", "transformer", "residual"]
+    for seed in range(200 if settings.default.max_examples > 1000 else 10):
+        report = run(CASES[names[seed % 3]], seed, train=bool(seed % 2), steps=2)
+        assert report.ok, f"seed {seed}: {report}"
+
+
+def test_nothing_of_the_callers_changes():
+    module, port, batch, losses = make("net")
+    optimizer = torch.optim.Adam(module.parameters())
+    before = (
+        copy.deepcopy(module.state_dict()),
+        parity.to_torch(port),
+        batch.clone(),
+        copy.deepcopy(optimizer.state_dict()),
+    )
+    random = torch.get_rng_state(), np.random.get_state()[1].copy()
+    streams = nnx.to_pure_dict(nnx.state(port, nnx.RngState))
+    parity.check(module, port, batch, losses=losses, optimizers=(optimizer, optax.adam(1e-3)), train=True, steps=2)
+    after = module.state_dict(), parity.to_torch(port), batch, optimizer.state_dict()
+    for old, new in zip(before[:3], after[:3], strict=True):
+        assert str(jax.tree.map(np.asarray, old)) == str(jax.tree.map(np.asarray, new))
+    assert before[3] == after[3]
+    assert torch.equal(random[0], torch.get_rng_state())
+    assert (random[1] == np.random.get_state()[1]).all()
+    assert str(streams) == str(nnx.to_pure_dict(nnx.state(port, nnx.RngState)))
+    assert module.training
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_fresh_port_gets_pytorchs_weights_and_the_report_says_so():
+    torch.manual_seed(0)
+    report = parity.check(torch_models.CNN(), models.CNN(nnx.Rngs(1)), images(), steps=0, dtypes=["float64"])
+    assert report.ok
+    assert any("PyTorch's were copied" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("order", ["flax", "torch"])
+def test_flatten_order_of_a_fresh_port_is_found(order):
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.conv = nnx.Conv(1, 4, (3, 3), padding=0, rngs=rngs)
+            self.fc = nnx.Linear(60, 6, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = nnx.relu(self.conv(x))
+            return self.fc((x if order == "flax" else x.transpose(0, 3, 1, 2)).reshape(len(x), -1))
+
+    torch.manual_seed(0)
+    report = parity.check(TorchFlat(), Port(nnx.Rngs(1)), torch.randn(4, 1, 7, 5), steps=0, dtypes=["float64"])
+    assert report.ok, str(report)
+
+
+def test_layers_with_other_names_are_paired_in_order():
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.body = nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), nnx.relu, nnx.Linear(4, 4, rngs=rngs))
+            self.top = nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.top(self.body(x))
+
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 3))
+    report = parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), steps=1, dtypes=["float64"])
+    assert report.ok, str(report)
+    assert report.weight_map["body.2.weight"] == "2.weight"
+    assert report.weight_map["top.bias"] == "3.bias"
+
+
+def test_report_is_printed_and_written(tmp_path):
+    report = run(CASES["flat"], steps=0)
+    written = report.to_json(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(written))
+    assert written["ok"] is True
+    assert str(report).startswith("ok: ")
+    assert "between conv and fc" in str(report)
+
+
+def small() -> tuple[nn.Module, nnx.Module]:
+    torch.manual_seed(0)
+    module = randomise(nn.Linear(4, 3))
+    return module, parity.load_torch(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), module.state_dict())
+
+
+def check_small(batch: Any, **options: Any) -> parity.Report:
+    module, port = small()
+    return parity.check(module, port, batch, **({"steps": 1, "dtypes": ["float64"]} | options))
+
+
+def test_probability_targets_and_no_loss():
+    batch = torch.randn(5, 4)
+    assert check_small((batch, torch.softmax(torch.randn(5, 3), 1))).ok
+    assert check_small(batch, losses=None).ok
+    assert check_small((batch.numpy(), np.arange(5) % 3), flax_batch=batch.numpy()).ok
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(0, 4), ()], ids=["no rows", "nothing"])
+def test_empty_batch_is_refused(batch):
+    with pytest.raises(ValueError, match="the batch is empty"):
+        check_small(batch)
+
+
+def test_batch_of_nan_says_nothing():
+    report = check_small(torch.full((5, 4), torch.nan))
+    assert not report.ok
+    assert "nothing was compared" in report.first_divergence.problem
+
+
+def test_constant_batch_says_nothing():
+    report = check_small(torch.zeros(5, 4))
+    assert not report.ok
+    assert "nothing can be told" in report.first_divergence.problem
+
+
+def test_module_without_parameters():
+    class Port(nnx.Module):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nnx.relu(x)
+
+    for batch in (torch.randn(5, 4), torch.rand(5, 4)):
+        assert parity.check(nn.ReLU(), Port(), batch).ok
+    report = parity.check(nn.GELU(), Port(), torch.randn(5, 4))
+    assert report.first_divergence.place == "between the input and the output"
+    assert "applies relu where PyTorch applies gelu" in report.first_divergence.diagnosis
+
+
+def test_module_that_changes_its_input_is_compared_with_what_it_was_given():
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x.mul_(2))
+
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.fc = nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.fc(x)
+
+    batch = torch.randn(5, 4)
+    kept = batch.clone()
+    report = parity.check(Original(), Port(nnx.Rngs(0)), batch, steps=0, dtypes=["float64"])
+    assert torch.equal(batch, kept)
+    assert report.first_divergence.place == "between the input and fc"
+    assert any("changes its input 0 in place" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("side", ["torch", "flax"])
+def test_module_that_raises_passes_its_error_on(side):
+    class Original(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("from the original")
+
+    class Port(nnx.Linear):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            raise RuntimeError("from the port")
+
+    module, port = small()
+    module, port = (Original(4, 3), port) if side == "torch" else (module, Port(4, 3, rngs=nnx.Rngs(0)))
+    with pytest.raises(RuntimeError, match=f"from the {'original' if side == 'torch' else 'port'}"):
+        parity.check(module, port, torch.randn(5, 4))
+
+
+def test_other_shapes_are_an_error():
+    module, _ = small()
+    with pytest.raises(ValueError, match=r"output is \(5, 2\), PyTorch's \(5, 3\)"):
+        parity.check(module, nnx.Linear(4, 2, rngs=nnx.Rngs(0)), torch.randn(5, 4))
+
+
+def test_outputs_that_are_no_array_are_refused():
+    class Original(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            return x, x
+
+    with pytest.raises(TypeError, match="returned a tuple, expected one tensor"):
+        parity.check(Original(4, 3), small()[1], torch.randn(5, 4))
+
+
+def test_aliased_weights_are_found():
+    module, port = small()
+    weight = module.bias.detach()
+    report = parity.check(module, port, torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert report.ok
+    port.bias.set_value(jnp.from_dlpack(weight))
+    report = parity.check(module, port, torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert "shares PyTorch's memory" in report.first_divergence.problem
