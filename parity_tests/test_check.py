@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
 from jaxloss import parity
-from parity_tests import torch_models
+from parity_tests import larger, torch_models
 from parity_tests.gates import assert_float64_close
 from parity_tests.zoo import CASES, TorchFlat, randomise, run
 from train import models
@@ -150,6 +150,15 @@ def test_fresh_port_gets_pytorchs_weights_and_the_report_says_so():
     report = parity.check(torch_models.CNN(), models.CNN(nnx.Rngs(1)), images(), steps=0, dtypes=["float64"])
     assert report.ok
     assert any("PyTorch's were copied" in note for note in report.notes)
+    assert not any("initialisation" in note for note in report.notes)
+
+
+def test_flaxs_own_initialisation_is_noticed():
+    report = parity.check(
+        nn.Linear(30, 20), nnx.Linear(30, 20, rngs=nnx.Rngs(0)), torch.randn(8, 30), steps=0, dtypes=["float64"]
+    )
+    assert report.ok
+    assert any("initialisation differs in weight (standard deviation 0.18" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("order", ["flax", "torch"])
@@ -183,6 +192,35 @@ def test_layers_with_other_names_are_paired_in_order():
     assert report.ok, str(report)
     assert report.weight_map["body.2.weight"] == "2.weight"
     assert report.weight_map["top.bias"] == "3.bias"
+
+
+def test_larger_network_is_paired_by_order_and_passes():
+    torch.manual_seed(0)
+    original = randomise(larger.TorchLarger())
+    report = parity.check(
+        original, larger.FlaxLarger(nnx.Rngs(0)), torch.randn(4, 3, 16, 16), steps=1, dtypes=["float64"]
+    )
+    assert report.ok, str(report)
+    layers = {finding.place for finding in report.findings if finding.quantity == "output"} - {"whole network"}
+    assert len([place for place in layers if not place.startswith("between")]) == 32
+    assert report.weight_map["attentions.1.narrow.weight"] == "encoders.1.mlp.2.weight"
+    assert report.weight_map["residuals.2.scale_second.running_var"] == "blocks.2.bn2.running_var"
+
+
+def test_float32_inside_a_function_is_named():
+    class Original(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(x, x, x)
+
+    class Port(nnx.Module):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = x[:, :, None]
+            return jax.nn.dot_product_attention(x, x, x)[:, :, 0]
+
+    first = parity.check(Original(), Port(), torch.randn(2, 5, 4), losses=None).first_divergence
+    assert first is not None
+    assert first.kind == "precision"
+    assert "float32" in first.diagnosis
 
 
 def test_report_is_printed_and_written(tmp_path):

@@ -4,9 +4,9 @@ Exit status: 0 equal, 1 different, 2 could not compare.
 """
 
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -134,28 +134,22 @@ def main() -> int:
 
 
 def _load(where: str, kind: str) -> Any:
-    """The object, or what it makes if it is no module of its kind."""
+    """The object, or what it makes if it is a function or a class."""
     module, _, attribute = where.partition(":")
     if not attribute:
         raise ValueError(f"{where!r} should be module:attribute.")
     found = getattr(_import(module), attribute)
-    wanted = importlib.import_module(kind).Module
-    made = found if isinstance(found, wanted) else _call(found, where)
-    if not isinstance(made, wanted):
-        raise TypeError(f"{where} gives a {type(made).__name__}, expected a {kind}.Module.")
-    return made
+    if inspect.isroutine(found) or inspect.isclass(found):
+        found = found()
+    if not isinstance(found, importlib.import_module(kind).Module):
+        raise TypeError(f"{where} gives a {type(found).__name__}, expected a {kind}.Module.")
+    return found
 
 
 def _import(module: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     return importlib.import_module(module)
-
-
-def _call(make: Callable[[], Any], where: str) -> Any:
-    if not callable(make):
-        raise TypeError(f"{where} is a {type(make).__name__}, expected a module or a function that makes one.")
-    return make()
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:

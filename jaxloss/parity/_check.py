@@ -118,6 +118,8 @@ def check(
 def _unmatched(findings: Findings, subject: Subject) -> None:
     if subject.copied:
         findings.notes.append("The port has weights of its own: PyTorch's were copied for this check.")
+        if other := ", ".join(subject.other_initialisation()):
+            findings.notes.append(f"Training starts elsewhere: the port's initialisation differs in {other}.")
     for names, where in ((subject.unmatched_ours, "PyTorch"), (subject.unmatched_theirs, "the port")):
         for name in names:
             findings.fail(name.rpartition(".")[0], name.rpartition(".")[2], f"has no counterpart in {where}")

@@ -124,8 +124,13 @@ def mutants(array: np.ndarray) -> dict[str, np.ndarray]:
         return {"element": np.ones_like(array)}
     where = int(np.nanargmax(np.where(np.isfinite(flat), np.abs(flat), -1)))
     element = flat.copy()
-    element[where] *= 1 + 1e-6
-    wrong = {"sign": -array, "scale": array * (1 + 1e-9), "element": element.reshape(array.shape)}
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        element[where] *= 1 + 1e-6
+        wrong = {"sign": -array, "scale": array * (1 + 1e-9)}
+    else:
+        element[where] = ~element[where]
+        wrong = {}
+    wrong["element"] = element.reshape(array.shape)
     if array.size > 1:
         wrong["order"] = np.roll(flat, 1).reshape(array.shape)
     return {name: np.asarray(each) for name, each in wrong.items()}

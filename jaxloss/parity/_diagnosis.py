@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from jaxloss.parity._changes import insertions
-from jaxloss.parity._faults import classify, matches
-from jaxloss.parity._findings import Failure
+from jaxloss.parity._faults import FLOAT32_INSIDE, classify, matches
+from jaxloss.parity._findings import Failure, Finding
 from jaxloss.parity._layout import Layout, channels_last, permuted
 from jaxloss.parity._original import Functions, LayerCall, to_numpy
 from jaxloss.parity._pairs import CallPair
@@ -20,6 +20,7 @@ class Explanation(NamedTuple):
 
     meaning: str
     fix: str = ""
+    kind: str = ""  # if the class seen from the numbers alone was a guess
 
 
 def diagnose(subject: Subject, failures: Sequence[Failure], optimizer: torch.optim.Optimizer | None) -> None:
@@ -34,6 +35,8 @@ def diagnose(subject: Subject, failures: Sequence[Failure], optimizer: torch.opt
         else:
             explanation = next(_explanations(subject, first), None)
         if explanation is not None:
+            if first.finding.diagnosis == FLOAT32_INSIDE:
+                first.finding.kind = explanation.kind or "semantic"
             first.finding.diagnosis, first.finding.fix = _sentence(explanation.meaning), explanation.fix
 
 
@@ -50,13 +53,16 @@ def _explanations(subject: Subject, failure: Failure) -> Iterator[Explanation]:
         yield from _of_loss(subject, failure)
     elif finding.quantity.endswith(" after a step"):
         yield from _of_statistic(subject, failure)
-    elif finding.kind == "precision":
+    elif finding.kind == "precision" and finding.diagnosis != FLOAT32_INSIDE:
         dtype = finding.diagnosis.split()[-2]
         yield Explanation(f"the port computes in {dtype}", "remove the layer's dtype, or the cast before it")
     elif finding.place in subject.places and "gradient" not in finding.quantity:
         yield from _of_edge(subject, failure)
     elif finding.quantity == "output":
         yield from _of_layer(subject, failure)
+    if finding.diagnosis == FLOAT32_INSIDE:
+        fix = "look for casts, and for functions that cast, like jax.nn.dot_product_attention"
+        yield Explanation("something computes in float32 even when it is given float64", fix, "precision")
     if "gradient" in finding.quantity and not np.any(failure.ours):
         yield Explanation("no gradient flows back", "remove stop_gradient, or the cast to integers, from the port")
     elif "gradient" in finding.quantity:
@@ -69,10 +75,16 @@ def _explanations(subject: Subject, failure: Failure) -> Iterator[Explanation]:
 WEIGHT_KINDS = ("weight", "bias", "running_mean", "running_var")
 
 
+def _weight_name(subject: Subject, finding: Finding) -> str:
+    """The port's name of the weight or statistic that a finding is about."""
+    names = {subject.title(pair): pair.ours[0] for pair in subject.pairs}
+    return f"{names.get(finding.place, finding.place)}.{finding.quantity.split()[0]}".removeprefix(".")
+
+
 def _of_weight(subject: Subject, failure: Failure) -> Iterator[Explanation]:
     """Where else a weight's values are, and what else they may be."""
     finding, ours, state = failure.finding, failure.ours, subject.exact.state
-    name = f"{finding.place}.{finding.quantity}".removeprefix(".")
+    name = _weight_name(subject, finding)
     fix = "convert with jaxloss.parity.load_torch"
     layout = subject.exact.port.weights[name].layout
     for other, theirs in state.items():
@@ -219,7 +231,7 @@ def _of_loss(subject: Subject, failure: Failure) -> Iterator[Explanation]:
 def _of_statistic(subject: Subject, failure: Failure) -> Iterator[Explanation]:
     """Batch norm's running statistics with another momentum or variance."""
     finding = failure.finding
-    name = f"{finding.place}.{finding.quantity.split()[0]}".removeprefix(".")
+    name = _weight_name(subject, finding)
     theirs = subject.weight_pairs[name]
     layer = subject.original().layers[theirs.rpartition(".")[0]]
     old, new, momentum = (

@@ -21,13 +21,13 @@ def examine() -> Iterator[Row]:
     yield (
         "jax_enable_x64",
         str(x64),
-        "" if x64 else "float64 and int64 arrays become float32 and int32; check() turns it on",
+        "" if x64 else "float64 arrays become float32; check() turns it on for itself",
     )
     yield from _matmul()
     yield "denormals in XLA", *_denormals(jnp.float32(1e-38) * jnp.float32(0.01))
     yield "denormals in PyTorch", *_denormals(torch.tensor(1e-38) * torch.tensor(0.01))
     aliased = _aliases()
-    yield "jnp.asarray(tensor.numpy())", "aliases" if aliased else "copies", _ALIAS if aliased else ""
+    yield "jnp.asarray of a tensor", "aliases" if aliased else "copies", _ALIAS if aliased else ""
     yield (
         "threads",
         f"{os.cpu_count()} cores, {torch.get_num_threads()} in PyTorch",

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxloss.parity._compare import widen
 
+FLOAT32_INSIDE = "the error is of float32's size"
 MATCH = 1e-9  # relative L2 at which a guess is taken to be right
 
 
@@ -25,7 +26,7 @@ def classify(ours: np.ndarray, theirs: np.ndarray) -> Fault:
     x, y = widen(ours), widen(theirs)
     if x.dtype != np.float64 or not y.any():
         return Fault("semantic")
-    for fault in (_layout(x, y), _scale(x, y), _precision(x, y), _localised(x, y)):
+    for fault in (_layout(x, y), _scale(x, y), _precision(x, y), _localised(x, y), _small(x, y)):
         if fault is not None:
             return fault
     return Fault("semantic")
@@ -48,7 +49,7 @@ def _layout(x: np.ndarray, y: np.ndarray) -> Fault | None:
             for flipped in itertools.combinations(axes, count):
                 if matches(x, np.flip(y, flipped)):
                     return Fault("layout", f"it equals PyTorch's flipped along {flipped}")
-    if x.size > 1 and np.linalg.norm(x) and np.allclose(np.sort(x, axis=None), np.sort(y, axis=None), rtol=MATCH):
+    if x.size > 1 and matches(np.sort(x, axis=None), np.sort(y, axis=None)):
         return Fault("layout", "it holds PyTorch's values in another order")
     return None
 
@@ -71,6 +72,12 @@ def _precision(x: np.ndarray, y: np.ndarray) -> Fault | None:
         error = np.linalg.norm(x - y) / np.linalg.norm(y)
         if (rounded == x).all() and (y.astype(dtype).astype(np.float64) != y).any() and error < 64 * unit:
             return Fault("precision", f"every element is a {name} number")
+    return None
+
+
+def _small(x: np.ndarray, y: np.ndarray) -> Fault | None:
+    if MATCH < np.linalg.norm(x - y) / np.linalg.norm(y) < 4 * float(np.finfo(np.float32).eps):
+        return Fault("precision", FLOAT32_INSIDE)
     return None
 
 

@@ -22,6 +22,9 @@ from jaxloss.parity.weights import weights_of
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
 
 
+ENOUGH = 200  # elements from which a spread can be told
+
+
 class View(NamedTuple):
     """Both frameworks in one dtype."""
 
@@ -173,6 +176,14 @@ class Subject:
                 if self._arrives_in_torchs_order(name, view):
                     self._forget_feature_map(name, view)
                     self._copy_values(view)
+
+    def other_initialisation(self) -> Iterator[str]:
+        """The parameters that the port draws from another distribution than PyTorch, by their spread."""
+        own = self.exact.port.values()
+        for ours, theirs in self.parameter_pairs():
+            mine, others = (float(np.std(array)) for array in (own[ours], self.exact.state[theirs]))
+            if own[ours].size >= ENOUGH and not 0.8 * others < mine < 1.25 * others:
+                yield f"{ours} (standard deviation {mine:.2g}, PyTorch's {others:.2g})"
 
     def _copy_values(self, view: View) -> None:
         port = view.port

@@ -1,0 +1,120 @@
+"""`python -m jaxloss.parity`: what it prints, and what it exits with."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxloss.parity.__main__ import main
+
+ZOO = """
+import torch
+from flax import nnx
+from jaxloss.parity import load_torch
+
+torch.manual_seed(0)
+original = torch.nn.Linear(4, 3)
+number = 7
+
+
+def port():
+    return load_torch(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), original.state_dict())
+
+
+def wrong():
+    layer = port()
+    layer.bias.set_value(layer.bias[...] + 1)
+    return layer
+
+
+def broken():
+    raise RuntimeError("no weights here")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "pair.py").write_text(ZOO)
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "batch.npz", inputs=random.normal(size=(5, 4)).astype("float32"), targets=np.arange(5) % 3)
+    np.savez(tmp_path / "other.npz", inputs=random.normal(size=(5, 4)).astype("float32"), extra=np.ones(2))
+    np.savez(tmp_path / "several.npz", a=np.ones((5, 4)), b=np.ones((5, 4)))
+    np.savez(tmp_path / "empty.npz")
+    np.savez(tmp_path / "pickled.npz", inputs=np.array([print], dtype=object))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "pair", raising=False)
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["parity", *arguments])
+    return main()
+
+
+QUICK = ("--batch", "batch.npz", "--steps", "1", "--dtypes", "float64")
+
+
+def test_equal_models_exit_0_and_the_report_is_written(folder, monkeypatch, capsys):
+    assert run(monkeypatch, "check", "pair:original", "pair:port", *QUICK, "--json", "out.json") == 0
+    assert capsys.readouterr().out.startswith("ok: ")
+    assert json.loads((folder / "out.json").read_text())["ok"] is True
+
+
+def test_different_models_exit_1_and_say_where(folder, monkeypatch, capsys):
+    assert run(monkeypatch, "check", "pair:original", "pair:wrong", *QUICK) == 1
+    assert "Linear: bias differs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("port", "batch", "says"),
+    [
+        ("pair:broken", "batch.npz", "RuntimeError: no weights here"),
+        ("pair:missing", "batch.npz", "has no attribute 'missing'"),
+        ("nowhere:port", "batch.npz", "No module named 'nowhere'"),
+        ("pair", "batch.npz", "should be module:attribute"),
+        ("pair:number", "batch.npz", "gives a int, expected a flax.nnx.Module"),
+        ("pair:original", "batch.npz", "expected a flax.nnx.Module"),
+        ("pair:port", "missing.npz", "missing.npz"),
+        ("pair:port", "several.npz", 'no "targets"'),
+        ("pair:port", "empty.npz", "holds no inputs"),
+        ("pair:port", "pickled.npz", "allow_pickle=False"),
+        ("pair:port", "pair.py", ""),
+    ],
+)
+def test_what_cannot_be_compared_exits_2(folder, monkeypatch, capsys, port, batch, says):
+    assert run(monkeypatch, "check", "pair:original", port, "--batch", batch) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Could not compare. ")
+    assert says in error
+
+
+def test_diff_compares_by_name(folder, monkeypatch, capsys):
+    assert run(monkeypatch, "diff", "batch.npz", "batch.npz") == 0
+    assert run(monkeypatch, "diff", "other.npz", "batch.npz") == 1
+    out = capsys.readouterr().out
+    assert "FAIL extra: only in other.npz" in out
+    assert "FAIL targets: only in batch.npz" in out
+    assert "FAIL inputs:" in out
+    assert run(monkeypatch, "diff", "empty.npz", "batch.npz") == 2
+
+
+def test_doctor_names_what_matters(monkeypatch, capsys):
+    assert run(monkeypatch, "doctor") == 0
+    out = capsys.readouterr().out
+    for word in ("jax_enable_x64", "JAX matmul", "PyTorch matmul", "denormals in XLA", "jnp.asarray", "threads"):
+        assert word in out
+
+
+def test_command_runs_as_a_module(folder):
+    command = [sys.executable, "-m", "jaxloss.parity", "diff", "batch.npz", "other.npz"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 1, finished.stderr
+    assert "inputs" in finished.stdout
+
+
+def test_importing_the_toolkit_loads_neither_torch_nor_flax():
+    code = "import sys, jaxloss.parity; assert not {'torch', 'flax', 'optax', 'rich'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
