@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -24,7 +23,7 @@ from jaxloss.parity._subject import Subject, View
 
 def check(
     torch_module: nn.Module,
-    flax_module: nnx.Module,
+    flax_module: Any,
     torch_batch: Any,
     flax_batch: Any = None,
     *,
@@ -37,7 +36,7 @@ def check(
     seed: int = 0,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
-    """Compares a Flax NNX port with its PyTorch original, and finds the first place where they differ, and why.
+    """Compares a Flax port with its PyTorch original, and finds the first place where they differ, and why.
 
     Both run in float64, where semantics is all that can differ. Every layer of the port is fed what the original's
     layer was fed, and what lies between two layers (an edge: views, activations, pools, residual sums) starts from
@@ -51,9 +50,11 @@ def check(
 
     Args:
         torch_module: the original. Weights and gradients are compared by its names. Copied, never changed.
-        flax_module: the port. Layers are paired by name, else by shape in the order in which they are called. Weights
-            that come from the original are compared with it; if none does, the original's are copied for the check,
-            and the report says so. Copied, never changed.
+        flax_module: the port: an nnx.Module; a pair of a Linen module and its variables; or a pair of a function and
+            its parameters, called with them and the inputs: of that one the layers are unknown, and only outputs,
+            gradients and steps are compared. Layers are paired by name, else by shape in the order in which they are
+            called. Weights that come from the original are compared with it; if none does, the original's are copied
+            for the check, and the report says so. Copied, never changed.
         torch_batch: one tensor or array; or a tuple of the module's inputs, and last, if there is a loss, the targets.
         flax_batch: the inputs for the port. By default those of PyTorch, with 4-D ones transposed from NCHW to NHWC.
         layouts: shape in PyTorch, (channels, *spatial), of the feature maps that linear layers read as one axis, by
@@ -120,12 +121,17 @@ def _unmatched(findings: Findings, subject: Subject) -> None:
         findings.notes.append("The port has weights of its own: PyTorch's were copied for this check.")
         if other := ", ".join(subject.other_initialisation()):
             findings.notes.append(f"Training starts elsewhere: the port's initialisation differs in {other}.")
+    if not subject.exact.port.layers:
+        findings.notes.append("The port's layers are unknown: only outputs, gradients and steps are compared.")
+    if subject.uncompared:
+        names = ", ".join(subject.uncompared)
+        findings.notes.append(f"No call of PyTorch's fits {names}: compared only within the edges around.")
     for names, where in ((subject.unmatched_ours, "PyTorch"), (subject.unmatched_theirs, "the port")):
         for name in names:
             findings.fail(name.rpartition(".")[0], name.rpartition(".")[2], f"has no counterpart in {where}")
     for name in subject.aliased():
         problem = "shares PyTorch's memory: an in-place optimizer changes it; copy with load_torch or jnp.array"
-        findings.fail(name.rpartition(".")[0] or subject.name, name.rpartition(".")[2], problem)
+        findings.fail(subject.place_of(name.rpartition(".")[0]), name.rpartition(".")[2], problem)
     for i in subject.exact.recording.mutated:
         findings.notes.append(f"PyTorch's module changes its input {i} in place; the port gets it as it was.")
 
@@ -136,9 +142,8 @@ def _compare_weights(findings: Findings, subject: Subject, layer: str) -> None:
         name, _, kind = ours.rpartition(".")
         if name == layer and not subject.copied:
             expected = subject.exact.port.weights[ours].layout.to_flax(subject.exact.state[theirs])
-            findings.add(
-                name or subject.name, kind, subject.values[ours], expected, tolerance=0.0, may_be_constant=True
-            )
+            place, ours_value = subject.place_of(layer), subject.values[ours]
+            findings.add(place, kind, ours_value, expected, tolerance=0.0, may_be_constant=True)
 
 
 class Piece(NamedTuple):
@@ -219,7 +224,7 @@ def _compare_statistics(findings: Findings, subject: Subject, view: View, cut: C
         if subject.train and theirs is not None:
             layer, _, kind = ours.rpartition(".")
             expected = view.port.weights[ours].layout.to_flax(view.recording.buffers[theirs])
-            findings.add(layer, f"{kind} after a step", value, expected)
+            findings.add(subject.place_of(layer), f"{kind} after a step", value, expected)
 
 
 def _compare_whole(findings: Findings, subject: Subject, view: View, free: FreeRun) -> None:

@@ -197,6 +197,9 @@ def _other_order(subject: Subject, pair: CallPair, call: LayerCall, failure: Fai
 
 
 def _other_dropout(subject: Subject, windows: range) -> Iterator[Explanation]:
+    counts = len(subject.drops), len(subject.exact.recording.drops)
+    if counts[0] != counts[1]:
+        yield Explanation(f"the port drops {counts[0]} times in a run, PyTorch {counts[1]} times", "drop as often")
     for drop, (rate, broadcast) in zip(subject.exact.recording.drops, subject.drops, strict=False):
         if drop.window in windows and rate != drop.rate:
             yield Explanation(f"the port drops at rate {rate:g}, PyTorch at {drop.rate:g}", f"pass rate={drop.rate:g}")

@@ -76,8 +76,9 @@ class Original:
         self.layers = {name: layer for name, layer in self.module.named_modules() if _is_layer(layer)}
 
     def state(self) -> dict[str, np.ndarray]:
-        """Parameters and buffers by name; shared ones under each of their names."""
-        return {name: to_numpy(tensor) for name, tensor in self.module.state_dict().items()}
+        """Parameters and buffers of the state_dict, shared ones by their first name alone."""
+        first = {name for name, _ in (*self.module.named_parameters(), *self.module.named_buffers())}
+        return {name: to_numpy(tensor) for name, tensor in self.module.state_dict().items() if name in first}
 
     def cast(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Copies, the floating ones in the module's dtype."""

@@ -1,6 +1,6 @@
 """A Flax NNX module opened up: run with any weights, every layer's call handed to a hook."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
@@ -9,13 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
-from jaxloss.parity.weights import Weight, weights_of
+from jaxloss.parity.weights import weights_of
 
 Call = tuple[str, int]  # a layer's name, and how often it was called before
 Arrays = dict[str, jax.Array]
 Hook = Callable[[object, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+_DROPOUTS = (nnx.Dropout, linen.Dropout)
 
 _hook: ContextVar[Hook | None] = ContextVar("hook", default=None)
 
@@ -29,31 +31,28 @@ class Port:
         dtype: jax.typing.DTypeLike,
         *,
         train: bool,
+        preferred: Collection[str] = (),
     ) -> None:
-        """Copies the module."""
+        """Copies the module. Of the names of a weight that has several, one that is preferred is kept."""
         copied = nnx.clone(module)
         copied.train() if train else copied.eval()
         for node in _modules(copied):
             if getattr(node, "dtype", None) is not None and jnp.dtype(node.dtype) == jnp.float32:
                 node.dtype = dtype
             node.__class__ = _hooked(type(node))
-        self.dtype, self._copied = dtype, copied
+        self.dtype, self._copied, self._preferred = dtype, copied, preferred
         self._graph, self._state = nnx.split(copied)
         self.set_flatten({})
-        self.layers = _leaves({weight.layer_name: weight.layer for weight in self.weights.values()})
+        self.layers = leaf_layers({weight.layer_name: weight.layer for weight in self.weights.values()})
 
     def set_flatten(self, flatten: Mapping[str, Sequence[int]]) -> None:
         """Says which linear layers read or write a flattened feature map, as `load_torch` takes it."""
         self.flatten = dict(flatten)
-        self.weights: dict[str, Weight] = {}  # one name for each variable
-        self.tied: dict[str, str] = {}  # its other names
+        weights = weights_of(self._copied, self.flatten)
         firsts: dict[int, str] = {}
-        for name, weight in weights_of(self._copied, self.flatten).items():
-            first = firsts.setdefault(id(weight.variable), name)
-            if first == name:
-                self.weights[name] = weight
-            else:
-                self.tied[name] = first
+        for name in sorted(weights, key=lambda name: name not in self._preferred):
+            firsts.setdefault(id(weights[name].variable), name)
+        self.weights = {name: weight for name, weight in weights.items() if name in firsts.values()}
 
     @property
     def parameters(self) -> list[str]:
@@ -88,18 +87,23 @@ class Tape:
         """Watches the layers of these names."""
         self.names: dict[int, str] = {}
         self.arrived: dict[Call, list[Any]] = {}  # in the order of the calls
-        self.drops: list[nnx.Dropout] = []  # called so far
+        self.drops: list[Any] = []  # called so far
         self._layers, self._masks = set(layers), masks
         self._counts: dict[str, int] = {}
 
     def __call__(
         self, module: object, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Called instead of the module."""
-        if isinstance(module, nnx.Dropout) and not (kwargs.get("deterministic") or module.deterministic):
+        """Called instead of an NNX module."""
+        return self.call(self.names.get(id(module)), module, function, args, kwargs)
+
+    def call(
+        self, name: str | None, module: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Called instead of a module of this name."""
+        if isinstance(module, _DROPOUTS) and not (kwargs.get("deterministic") or module.deterministic):
             return self._drop(module, args[0])
-        name = self.names.get(id(module))
-        if name not in self._layers:
+        if name is None or name not in self._layers:
             return function(*args, **kwargs)
         index = self._counts[name] = self._counts.get(name, -1) + 1
         arrays = [arg for arg in args if isinstance(arg, jax.Array | np.ndarray)]
@@ -115,13 +119,14 @@ class Tape:
         """What a layer returns."""
         return compute(*arrays)
 
-    def _drop(self, module: nnx.Dropout, x: jax.Array) -> jax.Array:
+    def _drop(self, module: Any, x: jax.Array) -> jax.Array:
         if module.rate == 0:
             return x
         self.drops.append(module)
-        if len(self.drops) > len(self._masks):
-            return x
-        mask = _fit_mask(self._masks[len(self.drops) - 1], x.shape, tuple(module.broadcast_dims))
+        if len(self.drops) > len(self._masks):  # the original does not drop here, and the difference must show
+            mask = jax.random.bernoulli(jax.random.key(len(self.drops)), 1 - module.rate, x.shape)
+        else:
+            mask = _fit_mask(self._masks[len(self.drops) - 1], x.shape, tuple(module.broadcast_dims))
         return jnp.where(mask, x / (1 - module.rate) if module.rate < 1 else x, 0)
 
 
@@ -185,7 +190,7 @@ def _modules(module: nnx.Module) -> list[Any]:
     return [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.Module) and callable(node)]
 
 
-def _leaves(owners: Mapping[str, object]) -> list[str]:
+def leaf_layers(owners: Mapping[str, object]) -> list[str]:
     """The names of layers inside which there is no other."""
     return [name for name in owners if not any(_inside(other, name) for other in owners)]
 
@@ -196,8 +201,10 @@ def _inside(name: str, parent: str) -> bool:
 
 def _fit_mask(mask: Any, shape: tuple[int, ...], broadcast: tuple[int, ...]) -> Any:
     """The original's mask in the port's layout, made as coarse or as fine as the port's dropout would draw it."""
-    if mask.ndim > 2 and not _broadcasts(mask.shape, shape):
-        mask = jnp.moveaxis(mask, 1, -1)
+    if mask.ndim > 2:
+        moved = jnp.moveaxis(mask, 1, -1)
+        first, second = (moved, mask) if mask.ndim > 3 else (mask, moved)  # sequences are laid out alike in both
+        mask = first if _broadcasts(first.shape, shape) else second
     broadcast = tuple(axis % len(shape) for axis in broadcast)
     coarse = [axis for axis in range(len(shape)) if mask.shape[axis] < shape[axis]]
     if set(coarse) - set(broadcast):  # the port would drop elements where the original drops whole channels

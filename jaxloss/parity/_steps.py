@@ -37,6 +37,9 @@ def compare_steps(findings: Findings, subject: Subject, view: View, optimizers: 
     parameters, statistics = view.programs.split(subject.values)
     state, update = optax_optimizer.init(parameters), jax.jit(optax_optimizer.update)
     names = {theirs: ours for ours, theirs in subject.parameter_pairs()}
+    trained = set(names.values())
+    if frozen := ", ".join(sorted(parameters.keys() - trained)):
+        findings.notes.append(f"PyTorch does not train {frozen}: held fixed in the port's steps too.")
     gradients, floor = view.recording.parameter_gradients, view.recording.gradient_floor
     moving = {name for name in names if np.linalg.norm(gradients[name]) > floor}
     if len(moving) < len(names):
@@ -47,7 +50,7 @@ def compare_steps(findings: Findings, subject: Subject, view: View, optimizers: 
         torch_optimizer.step()
         run = view.programs.free({**parameters, **statistics}, masks)
         updates, state = update(run.parameter_gradients, state, parameters)
-        parameters = {name: value + updates[name] for name, value in parameters.items()}
+        parameters = {name: value + updates[name] if name in trained else value for name, value in parameters.items()}
         statistics = run.statistics
         # Adam makes steps of full length from gradients that are rounding alone.
         tensors = {names[name]: t for name, t in original.module.named_parameters() if name in moving}

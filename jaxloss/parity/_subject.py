@@ -1,14 +1,14 @@
 """A module, its port, and what of the one belongs to what of the other."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from flax import nnx
+from flax import linen, nnx
 from torch import nn
 
 from jaxloss.parity._batch import Batch
@@ -17,7 +17,7 @@ from jaxloss.parity._original import Original, Recording
 from jaxloss.parity._pairs import Call, CallPair, activation_layout, pair_weights
 from jaxloss.parity._port import Arrays, Port
 from jaxloss.parity._programs import Programs, abstract_run
-from jaxloss.parity.weights import weights_of
+from jaxloss.parity._tree_port import FunctionPort, LinenPort
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
 
@@ -40,7 +40,7 @@ class Subject:
     def __init__(
         self,
         torch_module: nn.Module,
-        flax_module: nnx.Module,
+        flax_module: Any,
         batch: Batch,
         train: bool,
         seed: int,
@@ -60,9 +60,22 @@ class Subject:
         original = Original(self.torch_module, getattr(torch, dtype), train=self.train)
         state = original.state()
         recording = original.run(self.batch.torch_inputs, self.batch.torch_objective, self.seed)
-        port = Port(self.flax_module, jnp.dtype(dtype), train=self.train)
+        port = self._port(jnp.dtype(dtype), state.keys())
         port.set_flatten(self._flat_maps(port))
         return View(recording, state, port, Programs(port, self.batch, self.pairs))
+
+    def _port(self, dtype: np.dtype, preferred: Collection[str]) -> Port:
+        match self.flax_module:
+            case nnx.Module() as module:
+                return Port(module, dtype, train=self.train, preferred=preferred)
+            case (linen.Module() as module, variables):
+                return LinenPort(module, variables, dtype, train=self.train, inputs=self.batch.flax_inputs)
+            case (function, params) if callable(function):
+                return FunctionPort(function, params, dtype)
+        raise TypeError(
+            f"check: the port is a {type(self.flax_module).__name__}, expected an nnx.Module, a Linen module with its "
+            "variables, or a function with its parameters, each as a pair."
+        )
 
     def original(self) -> Original:
         """A fresh copy of the original, in float64."""
@@ -81,7 +94,7 @@ class Subject:
         """The port's weights that lie in memory of the original's."""
         tensors = self.torch_module.state_dict().values()
         starts = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        for name, weight in weights_of(self.flax_module, {}).items():
+        for name, weight in self.exact.port.weights.items():
             array = weight.variable.get_value()
             if isinstance(array, jax.Array) and array.is_fully_addressable and len(array.devices()) == 1:
                 pointer = array.unsafe_buffer_pointer()
@@ -97,6 +110,10 @@ class Subject:
         """What a call is called in a report."""
         name, index = pair.theirs
         return (name or self.name) + (f" (call {index + 1})" if index else "")
+
+    def place_of(self, layer: str) -> str:
+        """What a layer of the port is called in a report: as in PyTorch, if it is paired."""
+        return next((self.title(pair) for pair in self.pairs if pair.ours[0] == layer), layer or self.name)
 
     @property
     def places(self) -> list[str]:
@@ -140,6 +157,7 @@ class Subject:
                 fitting = [layout for layout in inputs if layout is not None]
                 if output and len(call.inputs) == len(arrived) == len(fitting):
                     self.pairs.append(CallPair(call.key, key, fitting, output))
+        self.uncompared = sorted({name for name, _ in shapes} - {pair.ours[0] for pair in self.pairs})
         self.batch.layout = activation_layout(recording.outputs.shape, result)
         if self.batch.layout is None:
             raise ValueError(f"check: the port's output is {result}, PyTorch's {recording.outputs.shape}.")
@@ -153,8 +171,9 @@ class Subject:
         )
 
     def _flat_maps(self, port: Port) -> dict[str, Shape]:
-        """The feature maps that `nnx.Linear` layers read as one axis; a LinearGeneral's kernel tells its own."""
-        linear = {weight.layer_name for weight in port.weights.values() if isinstance(weight.layer, nnx.Linear)}
+        """The feature maps that layers with a plain kernel read as one axis; a LinearGeneral's tells its own."""
+        kinds = nnx.Linear | linen.Dense
+        linear = {weight.layer_name for weight in port.weights.values() if isinstance(weight.layer, kinds)}
         return {name: shape for name, shape in self.feature_maps.items() if name in linear}
 
     def _choose_values(self, view: View) -> None:

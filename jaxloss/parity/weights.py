@@ -102,7 +102,7 @@ Linear = nnx.Linear | nnx.LinearGeneral
 _CONVOLUTIONS = (nnx.Conv, nnx.ConvTranspose)
 _NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.RMSNorm)
 _LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Embed, nnx.PReLU, *_CONVOLUTIONS, *_NORMS)
-_NAMES = {  # PyTorch's, where the two differ
+NAMES = {  # PyTorch's, where the two differ
     "embedding": "weight",
     "kernel": "weight",
     "mean": "running_mean",
@@ -116,7 +116,7 @@ _NOT_WEIGHTS = (nnx.Cache, nnx.Intermediate, nnx.RngState)
 class Weight(NamedTuple):
     """One variable that PyTorch would save."""
 
-    variable: nnx.Variable
+    variable: Any  # has a shape and get_value(); in a module it is an nnx.Variable
     layout: Layout
     layer: object
     layer_name: str  # as PyTorch would have it
@@ -133,7 +133,7 @@ def weights_of(module: nnx.Module, flatten: FeatureMaps | None) -> Weights:
     for path, layer, attribute, variable in found:
         layer_name = ".".join(path)
         feature_map = tuple((flatten or {}).get(layer_name, ()))
-        name = _NAMES.get(attribute, attribute) if isinstance(layer, _LAYERS) else attribute
+        name = NAMES.get(attribute, attribute) if isinstance(layer, _LAYERS) else attribute
         layout = _layout(layer, attribute, variable.shape, feature_map)
         weights[".".join((*path, name))] = Weight(variable, layout, layer, layer_name)
     return weights
@@ -162,7 +162,7 @@ def _walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
 def _layout(layer: object, attribute: str, shape: Shape, feature_map: Shape) -> Layout:
     match layer:
         case nnx.Linear() | nnx.LinearGeneral():
-            return _linear_layout(layer, attribute, shape, feature_map)
+            return linear_layout(layer, attribute, shape, feature_map)
         case nnx.Conv() | nnx.ConvTranspose() if attribute == "kernel":
             *spatial, inputs, outputs = range(len(shape))
             if isinstance(layer, nnx.Conv) or layer.transpose_kernel:
@@ -173,7 +173,7 @@ def _layout(layer: object, attribute: str, shape: Shape, feature_map: Shape) -> 
     return same(shape)
 
 
-def _linear_layout(layer: Linear, attribute: str, shape: Shape, feature_map: Shape) -> Layout:
+def linear_layout(layer: Any, attribute: str, shape: Shape, feature_map: Shape) -> Layout:
     """PyTorch has (outputs, inputs), both flattened."""
     reads = math.prod(feature_map) == math.prod(_sizes(layer.in_features))
     inputs, input_order = _axes(layer.in_features, feature_map if reads else ())

@@ -1,0 +1,170 @@
+"""Ports that are no NNX modules: Linen modules with their variables, and plain functions with their parameters."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen
+
+from jaxloss.parity._layout import Layout, Shape, permuted, same
+from jaxloss.parity._port import Arrays, Port, Tape, leaf_layers
+from jaxloss.parity.weights import NAMES, Weight, linear_layout
+
+_TRAIN_FLAGS = {"train": True, "training": True, "is_training": True, "deterministic": False}
+_STATISTICS = ("batch_stats",)
+
+
+class _Leaf:
+    """An array of a pytree, as a weight's variable."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        self.shape = np.shape(array)
+
+    def get_value(self) -> Any:
+        """The array."""
+        return self._array
+
+
+class FunctionPort(Port):
+    """A function of parameters and inputs. Nothing is known of its layers."""
+
+    def __init__(self, function: Callable[..., Any], params: Any, dtype: jax.typing.DTypeLike) -> None:
+        """Copies nothing: arrays are immutable."""
+        self.dtype, self.flatten, self.layers = dtype, {}, []
+        self._function = function
+        flat, self._structure = jax.tree_util.tree_flatten_with_path(params)
+        self._leaves = [(tuple(_plain(key) for key in path), _Leaf(leaf)) for path, leaf in flat]
+        self._modules: dict[str, Any] = {}
+        self.set_flatten({})
+
+    def set_flatten(self, flatten: Mapping[str, Sequence[int]]) -> None:
+        """Says which kernels read or write a flattened feature map."""
+        self.flatten = dict(flatten)
+        self.weights: dict[str, Weight] = {}
+        for path, leaf in self._leaves:
+            *layer, attribute = path
+            name = ".".join(layer)
+            module = self._modules.get(name)
+            layout = _leaf_layout(module, attribute, leaf.shape, tuple(self.flatten.get(name, ())))
+            weight = Weight(leaf, layout, module, name)
+            self.weights[".".join((*layer, NAMES.get(attribute, attribute)))] = weight
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of every leaf."""
+        return list(self.weights)
+
+    def run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: Tape) -> tuple[Any, Arrays]:
+        """The outputs; there are no statistics."""
+        return self._function(self._tree(values), *inputs), {}
+
+    def _tree(self, values: Mapping[str, Any]) -> Any:
+        return self._structure.unflatten([values[name] for name in self.weights])
+
+
+class LinenPort(FunctionPort):
+    """A Linen module with its variables."""
+
+    def __init__(
+        self,
+        module: linen.Module,
+        variables: Mapping[str, Any],
+        dtype: jax.typing.DTypeLike,
+        *,
+        train: bool,
+        inputs: Sequence[Any],
+    ) -> None:
+        """Runs it once, abstractly, to see its layers."""
+        self._module = module
+        known = inspect.signature(type(module).__call__).parameters
+        self._flags: dict[str, Any] = {name: value is train for name, value in _TRAIN_FLAGS.items() if name in known}
+        super().__init__(module.apply, variables, dtype)
+        self._collections = [path[0] for path, _ in self._leaves]
+        self._leaves = [(path[1:], leaf) for path, leaf in self._leaves]
+        self._modules = self._find_modules(inputs)
+        self.set_flatten({})
+        self.layers = leaf_layers({weight.layer_name: weight.layer for weight in self.weights.values()})
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of what is trained; all other weights are statistics."""
+        pairs = zip(self.weights, self._collections, strict=True)
+        return [name for name, collection in pairs if collection == "params"]
+
+    def run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: Tape) -> tuple[Any, Arrays]:
+        """The outputs, and the statistics afterwards."""
+
+        def intercept(function: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            if context.method_name != "__call__" or (not context.module.path and self.layers != [""]):
+                return function(*args, **kwargs)
+            _set_dtype(context.module, self.dtype)
+            return hook.call(".".join(context.module.path), context.module, function, args, kwargs)
+
+        with linen.intercept_methods(intercept):
+            outputs, changed = self._apply(self._tree(values), inputs)
+        flat = {tuple(_plain(k) for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(changed)[0]}
+        named = zip(self.weights, self._collections, self._leaves, strict=True)
+        return outputs, {
+            name: flat.get((collection, *path), values[name])
+            for name, collection, (path, _) in named
+            if collection != "params"
+        }
+
+    def _apply(self, variables: Any, inputs: Sequence[Any]) -> Any:
+        rngs = {"dropout": jax.random.key(0)}
+        return self._module.apply(variables, *inputs, **self._flags, mutable=list(_STATISTICS), rngs=rngs)
+
+    def _find_modules(self, inputs: Sequence[Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+
+        def intercept(function: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            found.setdefault(".".join(context.module.path), context.module)
+            return function(*args, **kwargs)
+
+        tree = self._structure.unflatten([leaf.get_value() for _, leaf in self._leaves])
+        with linen.intercept_methods(intercept):
+            jax.eval_shape(self._apply, tree, list(inputs))
+        return found
+
+
+def _plain(key: Any) -> str:
+    return str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)))
+
+
+def _set_dtype(module: linen.Module, dtype: jax.typing.DTypeLike) -> None:
+    """Has a layer that was told to compute in float32 compute in the port's dtype."""
+    if getattr(module, "dtype", None) is not None and jnp.dtype(module.dtype) == jnp.float32:  # type: ignore[attr-defined]
+        object.__setattr__(module, "dtype", dtype)
+
+
+def _leaf_layout(module: Any, attribute: str, shape: Shape, feature_map: Shape) -> Layout:
+    """By the layer if it is known, else by the names and shapes that JAX programs use."""
+    if attribute not in ("kernel", "w"):
+        return _bias_layout(shape, feature_map) if attribute in ("bias", "b") and feature_map else same(shape)
+    if isinstance(module, linen.DenseGeneral):
+        count = len(module.axis) if isinstance(module.axis, Sequence) else 1
+        return _dense(shape[:count], shape[count:], shape, feature_map)
+    if len(shape) == 2:
+        return _dense(shape[:1], shape[1:], shape, feature_map)
+    if len(shape) < 2:
+        return same(shape)
+    *spatial, inputs, outputs = range(len(shape))
+    if isinstance(module, linen.ConvTranspose) and not module.transpose_kernel:
+        return permuted(shape, (inputs, outputs, *spatial), flip=tuple(spatial))
+    return permuted(shape, (outputs, inputs, *spatial))
+
+
+def _dense(inputs: Shape, outputs: Shape, shape: Shape, feature_map: Shape) -> Layout:
+    return linear_layout(SimpleNamespace(in_features=inputs, out_features=outputs), "kernel", shape, feature_map)
+
+
+def _bias_layout(shape: Shape, feature_map: Shape) -> Layout:
+    writes = math.prod(shape) == math.prod(feature_map)
+    layer = SimpleNamespace(in_features=(0,), out_features=shape)
+    return linear_layout(layer, "bias", shape, feature_map if writes else ())
