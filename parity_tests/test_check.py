@@ -136,7 +136,8 @@ def test_nothing_of_the_callers_changes():
     parity.check(module, port, batch, losses=losses, optimizers=(optimizer, optax.adam(1e-3)), train=True, steps=2)
     after = module.state_dict(), parity.to_torch(port), batch, optimizer.state_dict()
     for old, new in zip(before[:3], after[:3], strict=True):
-        assert str(jax.tree.map(np.asarray, old)) == str(jax.tree.map(np.asarray, new))
+        for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     assert before[3] == after[3]
     assert torch.equal(random[0], torch.get_rng_state())
     assert (random[1] == np.random.get_state()[1]).all()
@@ -466,6 +467,137 @@ def test_outputs_that_are_no_array_are_refused():
 
     with pytest.raises(TypeError, match="returned a tuple, expected one tensor"):
         parity.check(Original(4, 3), small()[1], torch.randn(5, 4))
+
+
+class Scale(nnx.Module):
+    """Multiplies by a weight, which may be of any kind of variable."""
+
+    def __init__(self, kind: Callable[..., nnx.Variable]) -> None:
+        self.fc, self.factor = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), kind(jnp.ones(3))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc(x) * self.factor[...]
+
+
+class TorchScale(nn.Module):
+    def __init__(self, *, trained: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        factor = torch.rand(3)
+        self.factor = nn.Parameter(factor) if trained else None
+        if not trained:
+            del self.factor
+            self.register_buffer("factor", factor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * self.factor
+
+
+@pytest.mark.parametrize(
+    ("trained", "kind", "says"), [(True, nnx.Variable, "is no nnx.Param"), (False, nnx.Param, "buffer")]
+)
+def test_weights_that_only_one_framework_trains_are_found(trained, kind, says):
+    torch.manual_seed(0)
+    original = TorchScale(trained=trained)
+    port = parity.load_torch(Scale(kind), original.state_dict())
+    for train in (False, True):
+        report = parity.check(original, port, torch.randn(5, 4), steps=1, dtypes=["float64"], train=train)
+        assert says in report.first_divergence.problem
+
+
+@pytest.mark.parametrize("change", [lambda k: 2 * k, lambda k: k.astype(jnp.bfloat16).astype(k.dtype)])
+def test_weights_near_the_originals_are_not_taken_for_fresh_ones(change):
+    module, port = small()
+    port.kernel.set_value(change(port.kernel[...]))
+    report = parity.check(module, port, torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert not report.ok
+    assert report.first_divergence.quantity == "weight"
+
+
+def test_norms_at_their_initial_values_pass():
+    original = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    port = nnx.Sequential(
+        nnx.Linear(4, 6, rngs=nnx.Rngs(0)),
+        nnx.LayerNorm(6, epsilon=1e-5, use_fast_variance=False, rngs=nnx.Rngs(0)),
+        nnx.Linear(6, 3, rngs=nnx.Rngs(0)),
+    )
+    report = parity.check(original, parity.load_torch(port, original.state_dict()), torch.randn(8, 4), steps=1)
+    assert report.ok, str(report)
+
+
+def test_layer_that_nothing_uses_passes():
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.unused(x)
+            return self.used(x)
+
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.used, self.unused = nnx.Linear(4, 3, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.unused(x)
+            return self.used(x)
+
+    report = parity.check(Original(), Port(nnx.Rngs(0)), torch.randn(5, 4), steps=1, dtypes=["float64"])
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("where", ["original", "port"])
+def test_gradient_that_only_one_framework_stops_is_found(where):
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) + self.b(x.detach() if where == "original" else x)
+
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.a, self.b = nnx.Linear(4, 3, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.a(x) + self.b(jax.lax.stop_gradient(x) if where == "port" else x)
+
+    report = parity.check(Original(), Port(nnx.Rngs(0)), torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert "gradient of the input" in [finding.quantity for finding in report.failures()]
+
+
+def test_output_of_another_shape_is_refused():
+    class Port(nnx.Linear):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return super().__call__(x)[:, 0]
+
+    losses = (lambda x, y: ((x - y) ** 2).mean(), lambda x, y: ((x - y) ** 2).mean())
+    batch = torch.randn(5, 4), torch.randn(5, 1)
+    with pytest.raises(ValueError, match=r"output is \(5,\), PyTorch's \(5, 1\)"):
+        parity.check(nn.Linear(4, 1), Port(4, 1, rngs=nnx.Rngs(0)), batch, losses=losses)
+
+
+def test_namesakes_of_other_shapes_are_named():
+    class Original(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(4, 8), nn.Linear(8, 3))
+
+    port = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
+    report = parity.check(Original(), port, torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert "has shape (6, 4), PyTorch's (8, 4)" in [finding.problem for finding in report.failures()]
+    with pytest.raises(ValueError, match="layouts names nowhere"):
+        parity.check(*small(), torch.randn(5, 4), layouts={"nowhere": (1, 2, 2)})
+
+
+def test_our_own_translation_with_param_groups_passes():
+    module, port = small()
+    groups = [{"params": [module.weight], "lr": 0.1}, {"params": [module.bias], "lr": 0.01}]
+    adam = torch.optim.Adam(groups)
+    pair = adam, parity.optimizer(adam, groups={"weight": 0, "bias": 1})
+    report = parity.check(module, port, torch.randn(5, 4), optimizers=pair, steps=3, dtypes=["float64"])
+    assert report.ok, str(report)
 
 
 def test_aliased_weights_are_found():

@@ -12,10 +12,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import jaxloss
 from benchmarks.linear import CHUNKED, EAGER, SLABS, WHOLE
 from benchmarks.timing import ratio
+from jaxloss import parity
 from parity_tests.gates import (
     assert_errors_within_ratio,
     assert_float64_close,
@@ -84,6 +86,25 @@ def test_ratio_gate_fails_on_three_times_the_error(factor):
     cases = [((exact + factor * error).astype(np.float32), (exact + error).astype(np.float32), exact)]
     with nullcontext() if factor == 1.0 else pytest.raises(AssertionError, match="rmse"):
         assert_errors_within_ratio(cases)
+
+
+def test_ratio_gate_sees_a_small_array_beside_a_large_one():
+    exact = {"large": 1e3 * np.arange(1.0, 9), "small": 1e-6 * np.arange(1.0, 9)}
+    rounded = {name: array.astype(np.float32) for name, array in exact.items()}
+    parity.assert_close(rounded, rounded, oracle=exact)
+    with pytest.raises(AssertionError, match="rmse"):
+        parity.assert_close(rounded | {"small": np.zeros(8, np.float32)}, rounded, oracle=exact)
+
+
+def test_assert_close_takes_booleans_integers_and_tensors_and_refuses_nothing_but_nan():
+    parity.assert_close(
+        {"mask": GOOD > 0, "count": np.arange(3)}, {"mask": torch.tensor(GOOD > 0), "count": torch.arange(3)}
+    )
+    for wrong in ({"mask": GOOD < 0, "count": np.arange(3)}, {"mask": GOOD > 0, "count": np.arange(3) + 1}):
+        with pytest.raises(AssertionError):
+            parity.assert_close(wrong, {"mask": GOOD > 0, "count": np.arange(3)})
+    with pytest.raises(AssertionError, match="nothing was compared"):
+        parity.assert_close(np.full(3, np.nan), np.full(3, np.nan))
 
 
 def test_ratio_gate_needs_a_float64_oracle():

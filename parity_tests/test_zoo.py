@@ -234,7 +234,7 @@ FAULTS = {
     "dropout of elements": Fault(
         "net", set_on("conv2_drop", broadcast_dims=()), "between conv2 and fc1", "drops elements", options=TRAIN
     ),
-    "left in eval mode": Fault("net", eval_for_ever, "between conv2 and fc1", "drops nothing", options=TRAIN),
+    "left in eval mode": Fault("net", eval_for_ever, "between conv2 and fc1", "drops 0 times", options=TRAIN),
     "flatten order": Fault(
         "flat", change("fc.kernel", rows_in_torchs_order), "between conv and fc", "flattens (height, width, channels)"
     ),
@@ -295,6 +295,11 @@ def row(name: str) -> str:
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_found_placed_and_named(name):
     assert row(name) in TABLE.read_text().splitlines()
+
+
+def test_readme_shows_what_a_report_says():
+    lines = str(diagnose(FAULTS["GELU approximation"])).splitlines()[:4]
+    assert "\n".join(lines) in (Path(__file__).parents[1] / "README.md").read_text()
 
 
 TABLE = Path(__file__).parent / "faults.md"

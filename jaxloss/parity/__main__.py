@@ -161,8 +161,10 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _read_batch(path: Path, *, with_targets: bool) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...] | None]:
     arrays = _read_arrays(path)
-    ours = tuple(array for name, array in arrays.items() if name.startswith("flax_"))
-    theirs = tuple(array for name, array in arrays.items() if name != "targets" and not name.startswith("flax_"))
+    inputs = {name: array for name, array in arrays.items() if name != "targets" and not name.startswith("flax_")}
+    theirs = tuple(inputs.values())
+    given = any(name.startswith("flax_") for name in arrays)
+    ours = tuple(arrays[f"flax_{name}"] for name in inputs) if given else ()
     if not theirs:
         raise ValueError(f"{path} holds no inputs.")
     if with_targets and "targets" in arrays:

@@ -24,7 +24,7 @@ def assert_close(
     ‖ours - theirs‖ ≤ tolerance · ‖theirs‖ + floor. In other dtypes rounding is compared with rounding: with a float64
     oracle, computed from the same rounded inputs, rmse(ours) ≤ ratio · rmse(theirs) + half a rounding unit of the
     oracle's root mean square; arrays of fewer than 1000 elements together, because of one alone the ratio means
-    little. Integers and booleans must be equal.
+    little, each in units of its oracle's root mean square. Integers and booleans must be equal.
 
     Args:
         ours: pytree of JAX, NumPy or PyTorch arrays.
@@ -60,7 +60,7 @@ def assert_close(
             continue
         if x.dtype == np.float64 or not jnp.issubdtype(x.dtype, jnp.floating):
             exact = x.dtype != np.float64
-            outcome = compare(x, y, tolerance=0 if exact else tolerance, floor=floor, may_be_constant=True)
+            outcome = compare(x, y, tolerance=0.0 if exact else tolerance, floor=floor, may_be_constant=True)
             if outcome.problem != NO_FINITE and not outcome.ok:
                 message = f"differs by {outcome.error:.2g} of its norm, {outcome.bound:.2g} is allowed"
                 raise AssertionError(_message(key, message, x, y))
@@ -91,13 +91,17 @@ def _pairs(ours: Any, theirs: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     mine, others = leaves(ours), leaves(theirs)
     if mine.keys() != others.keys():
         raise AssertionError(f"The keys differ: {', '.join(sorted(mine.keys() ^ others.keys()))}.")
-    if not any(array.size for array in mine.values()):
-        raise AssertionError("There are no elements: nothing was compared.")
+    if not any(_tells(array) for array in others.values()):
+        raise AssertionError("There are no finite elements: nothing was compared.")
     for key, array in mine.items():
         problem = structural_problem(array, others[key], may_be_constant=True)
         if problem and array.size + others[key].size and problem != NO_FINITE:
             raise AssertionError(f"{key or 'It'} has {problem}.")
     return {key: (mine[key], others[key]) for key in mine}
+
+
+def _tells(array: np.ndarray) -> bool:
+    return bool(array.size and np.isfinite(widen(array)).any())
 
 
 def _oracle(oracles: dict[str, np.ndarray], key: str, array: np.ndarray) -> np.ndarray:
@@ -112,17 +116,23 @@ def _oracle(oracles: dict[str, np.ndarray], key: str, array: np.ndarray) -> np.n
 
 
 def _judge(name: str, arrays: list[tuple[np.ndarray, np.ndarray, np.ndarray]], ratio: float) -> None:
-    x, y, true = (np.concatenate([widen(each).ravel() for each in column]) for column in zip(*arrays, strict=True))
-    finite = np.isfinite(true) & np.isfinite(x)
-    if not finite.any():
-        return
-    mine, others = (float(np.sqrt(np.mean((array - true)[finite] ** 2))) for array in (x, y))
-    unit = HALF_UNIT[str(arrays[0][0].dtype)] * float(np.sqrt(np.mean(true[np.isfinite(true)] ** 2)))
-    bound = ratio * others + unit
+    """Every array counts in units of its oracle's root mean square, so that small numbers count too."""
+    columns: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+    for x, y, true in arrays:
+        finite = np.isfinite(true) & np.isfinite(widen(x))
+        scale = float(np.sqrt(np.mean(true[finite] ** 2))) if finite.any() else 0.0
+        for column, array in zip(columns, (x, y), strict=True):
+            column.append(((widen(array) - true)[finite] / (scale or 1.0)).ravel())
+    mine, others = (_rms(np.concatenate(column)) for column in columns)
+    bound = ratio * others + HALF_UNIT[str(arrays[0][0].dtype)]
     if not mine <= bound:
-        message = f"has an rmse of {mine:.3g} from the oracle, {bound:.3g} is allowed (theirs is {others:.3g})"
+        message = f"has an rmse of {mine:.3g} of the oracle's scale, {bound:.3g} is allowed (theirs is {others:.3g})"
         worst = max(arrays, key=lambda each: _distance(each[0], each[2]))
         raise AssertionError(_message(name, message, worst[0], worst[2]))
+
+
+def _rms(errors: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(errors**2))) if errors.size else 0.0
 
 
 def _distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -137,7 +147,7 @@ def _message(key: str, problem: str, ours: np.ndarray, theirs: np.ndarray) -> st
 
 
 def _worst(ours: np.ndarray, theirs: np.ndarray) -> Iterator[str]:
-    distance = np.nan_to_num(np.abs(widen(ours) - widen(theirs)), nan=-1.0)
+    distance = np.nan_to_num(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)), nan=-1.0)
     for flat in np.argsort(-distance, axis=None, kind="stable")[:WORST]:
         index = tuple(int(i) for i in np.unravel_index(flat, ours.shape))
         if distance[index] > 0:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jaxloss.parity._layout import Layout, same
+from jaxloss.parity._state_dict import to_numpy
 
 Losses = tuple[Callable[..., Tensor], Callable[..., jax.Array]]
 
@@ -38,7 +39,7 @@ class Batch:
             return inputs
         if any(t.ndim == 4 for t in self.torch_inputs):
             self.notes.append("4-D inputs are transposed from PyTorch's NCHW to Flax's NHWC.")
-        return [np.array((t.movedim(1, -1) if t.ndim == 4 else t).numpy()) for t in self.torch_inputs]
+        return [to_numpy(t.movedim(1, -1) if t.ndim == 4 else t) for t in self.torch_inputs]
 
     def input_layouts(self) -> list[Layout]:
         """How Flax's inputs become PyTorch's."""
@@ -64,7 +65,7 @@ class Batch:
                 jnp.asarray(self.layout.to_flax(self._cotangent(self.layout.merged)), outputs.dtype), outputs
             )
         assert self.targets is not None
-        targets = self.targets.numpy()
+        targets = to_numpy(self.targets)
         if np.issubdtype(targets.dtype, np.floating):
             targets = self.layout.to_flax(targets) if self.layout and targets.shape == self.layout.merged else targets
             return self._losses[1](outputs, jnp.array(targets, outputs.dtype))

@@ -39,6 +39,8 @@ def compare(
     problem = structural_problem(ours, theirs, may_be_constant=may_be_constant)
     if problem:
         return Outcome(np.inf, tolerance, problem)
+    if not jnp.issubdtype(theirs.dtype, jnp.floating):
+        return Outcome(float(np.mean(ours != theirs)), 0.0)
     x, y = (widen(array).ravel() for array in (ours, theirs))
     finite = np.isfinite(y)
     if not finite.all():
@@ -54,7 +56,7 @@ def structural_problem(ours: np.ndarray, theirs: np.ndarray, *, may_be_constant:
     """What forbids a comparison, in words; empty if nothing does."""
     if ours.shape != theirs.shape:
         return f"shape {ours.shape}, PyTorch's is {theirs.shape}"
-    if ours.dtype != theirs.dtype:
+    if ours.dtype != theirs.dtype and not _both_integers(ours, theirs):
         return f"dtype {ours.dtype}, PyTorch's is {theirs.dtype}"
     if not ours.size:
         return "no elements: nothing was compared"
@@ -68,6 +70,10 @@ def structural_problem(ours: np.ndarray, theirs: np.ndarray, *, may_be_constant:
     if not may_be_constant and y.size > 1 and np.ptp(y[np.isfinite(y)]) == 0:
         return f"PyTorch's is {y.flat[0]:g} everywhere: nothing can be told from it"
     return ""
+
+
+def _both_integers(x: np.ndarray, y: np.ndarray) -> bool:
+    return bool(np.issubdtype(x.dtype, np.integer) and np.issubdtype(y.dtype, np.integer))
 
 
 def widen(array: np.ndarray) -> np.ndarray:
@@ -117,20 +123,23 @@ def relative(ours: Any, theirs: np.ndarray) -> float:
     return float(np.linalg.norm((x - y)[finite]) / (np.linalg.norm(y[finite]) or 1.0))
 
 
-def mutants(array: np.ndarray) -> dict[str, np.ndarray]:
-    """Wrong versions of an array, each of which a comparison must refuse."""
+def mutants(array: np.ndarray, bound: float) -> dict[str, np.ndarray]:
+    """Wrong versions of an array, further off than the bound allows, each of which a comparison must refuse."""
     flat = array.ravel()
-    if not flat.any():
-        return {"element": np.ones_like(array)}
-    where = int(np.nanargmax(np.where(np.isfinite(flat), np.abs(flat), -1)))
+    finite = np.isfinite(flat)
+    norm = float(np.linalg.norm(flat[finite].astype(np.float64)))
     element = flat.copy()
+    where = int(np.argmax(np.where(finite, np.abs(flat.astype(np.float64)), -1)))
+    wrong = {"order": np.roll(flat, 1).reshape(array.shape)}
     if jnp.issubdtype(array.dtype, jnp.floating):
-        element[where] *= 1 + 1e-6
-        wrong = {"sign": -array, "scale": array * (1 + 1e-9)}
+        element[where] += 4 * bound * norm or 1
+        wrong |= {"sign": -array, "scale": array * (1 + 4 * bound)}
     else:
-        element[where] = ~element[where]
-        wrong = {}
+        element[where] = not element[where] if array.dtype == bool else element[where] + 1
     wrong["element"] = element.reshape(array.shape)
-    if array.size > 1:
-        wrong["order"] = np.roll(flat, 1).reshape(array.shape)
-    return {name: np.asarray(each) for name, each in wrong.items()}
+    # What equals the original, like the sign of zeros, is no fault.
+    return {name: np.asarray(each) for name, each in wrong.items() if _differs(np.asarray(each), array)}
+
+
+def _differs(x: np.ndarray, y: np.ndarray) -> bool:
+    return not np.array_equal(widen(x), widen(y), equal_nan=bool(jnp.issubdtype(y.dtype, jnp.floating)))

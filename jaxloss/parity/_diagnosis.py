@@ -10,8 +10,9 @@ from jaxloss.parity._changes import insertions
 from jaxloss.parity._faults import FLOAT32_INSIDE, classify, matches
 from jaxloss.parity._findings import Failure, Finding
 from jaxloss.parity._layout import Layout, channels_last, permuted
-from jaxloss.parity._original import Functions, LayerCall, to_numpy
+from jaxloss.parity._original import Functions, LayerCall
 from jaxloss.parity._pairs import CallPair
+from jaxloss.parity._state_dict import to_numpy
 from jaxloss.parity._subject import Subject
 
 
@@ -30,14 +31,20 @@ def diagnose(subject: Subject, failures: Sequence[Failure], optimizer: torch.opt
         failure.finding.kind, failure.finding.diagnosis = fault.kind, fault.seen
     if failures:
         first = failures[0]
-        if first.finding.place.startswith("step "):
-            explanation = next(_of_step(subject, failures, optimizer), None)
-        else:
-            explanation = next(_explanations(subject, first), None)
+        explain = _of_step(subject, failures, optimizer) if _is_step(first) else _explanations(subject, first)
+        try:
+            explanation = next(explain, None)
+        except Exception as error:  # a stranger's module in a state it was not made for; the verdict stands
+            explanation = None
+            first.finding.fix = f"(the search for the reason ended with {type(error).__name__}: {error})"
         if explanation is not None:
             if first.finding.diagnosis == FLOAT32_INSIDE:
                 first.finding.kind = explanation.kind or "semantic"
             first.finding.diagnosis, first.finding.fix = _sentence(explanation.meaning), explanation.fix
+
+
+def _is_step(failure: Failure) -> bool:
+    return failure.finding.place.startswith("step ")
 
 
 def _sentence(text: str) -> str:
@@ -199,7 +206,8 @@ def _other_order(subject: Subject, pair: CallPair, call: LayerCall, failure: Fai
 def _other_dropout(subject: Subject, windows: range) -> Iterator[Explanation]:
     counts = len(subject.drops), len(subject.exact.recording.drops)
     if counts[0] != counts[1]:
-        yield Explanation(f"the port drops {counts[0]} times in a run, PyTorch {counts[1]} times", "drop as often")
+        fix = "drop as often: in eval mode, or at rate 0, a port does not"
+        yield Explanation(f"the port drops {counts[0]} times in a run, PyTorch {counts[1]} times", fix)
     for drop, (rate, broadcast) in zip(subject.exact.recording.drops, subject.drops, strict=False):
         if drop.window in windows and rate != drop.rate:
             yield Explanation(f"the port drops at rate {rate:g}, PyTorch at {drop.rate:g}", f"pass rate={drop.rate:g}")

@@ -75,22 +75,27 @@ class Findings:
         tolerance: float = FLOAT64_TOLERANCE,
         floor: float = 0.0,
         may_be_constant: bool = False,
+        may_be_zero: bool = False,
     ) -> Finding:
-        """Compares two float64 arrays, and if they agree, wrong versions of ours as well."""
+        """Compares two float64 arrays, and if they agree, wrong versions of ours as well.
+
+        Where zero is a possible result, what is zero but for rounding is only held to be that, and says nothing.
+        """
         ours = np.asarray(ours)
+        may_be_constant |= may_be_zero and not theirs.any()
 
         def outcome(array: np.ndarray) -> Outcome:
             return compare(array, theirs, tolerance=tolerance, floor=floor, may_be_constant=may_be_constant)
 
         result = outcome(ours)
-        negligible = bool(floor and 1e-10 * np.linalg.norm(theirs) <= floor)
+        negligible = bool(np.linalg.norm(theirs) <= 100 * floor) if may_be_zero else False
         dtype = str(ours.dtype)
         finding = Finding(place, quantity, dtype, result.error, result.bound, True, result.problem, negligible)
         self.all.append(finding)
         if not finding.ok:
             self.failures.append(Failure(finding, ours, theirs))
         elif not negligible:
-            wrong = mutants(ours)
+            wrong = mutants(ours, finding.bound)
             caught = sum(not outcome(array).ok for array in wrong.values())
             self.controls = self.controls[0] + caught, self.controls[1] + len(wrong)
         return finding

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from jaxloss.parity._changes import Change, changes, dropped
-from jaxloss.parity._state_dict import to_array
+from jaxloss.parity._state_dict import to_numpy
 
 Call = tuple[str, int]  # a layer's name, and how often it was called before
 
@@ -57,8 +57,18 @@ class Recording:
 
     @property
     def gradient_floor(self) -> float:
-        """Norm below which a gradient is zero but for rounding, like that of a bias before batch norm."""
-        return 1e-13 * max((float(np.linalg.norm(g)) for g in self.parameter_gradients.values()), default=0.0)
+        """What rounding may leave of a parameter's gradient that is zero, like that of a bias before batch norm."""
+        return _floor(self.parameter_gradients.values())
+
+    @property
+    def activation_floor(self) -> float:
+        """The same for the gradients of activations."""
+        gradients = [gradient for call in self.calls for gradient in (*call.input_gradients, call.output_gradient)]
+        return _floor(gradient for gradient in (*gradients, self.output_gradient) if gradient is not None)
+
+
+def _floor(gradients: Iterable[np.ndarray]) -> float:
+    return 1e-14 * max((float(np.linalg.norm(gradient)) for gradient in gradients), default=0.0)
 
 
 class Original:
@@ -166,13 +176,6 @@ class Original:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A copy; bfloat16 as ml_dtypes has it."""
-    array = to_array(tensor)
-    assert array is not None
-    return np.array(array)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ class Report:
     weight_map: dict[str, str] = field(default_factory=dict)  # the port's names → PyTorch's
     noise: dict[str, tuple[float, float]] = field(default_factory=dict)  # float32 - float64: the port's, PyTorch's
     controls: tuple[int, int] = (0, 0)  # wrong arrays refused, of how many
+    weights_compared: bool = True  # otherwise PyTorch's were copied
 
     @property
     def ok(self) -> bool:
@@ -75,7 +76,8 @@ class Report:
     def _head(self) -> Iterator[str]:
         judged = [f for f in self.findings if f.judged]
         if self.ok:
-            yield f"ok: {len(judged)} tensors agree with PyTorch."
+            weights = "" if self.weights_compared else " The port's own weights were not compared."
+            yield f"ok: {len(judged)} tensors agree with PyTorch.{weights}"
             yield (
                 f"A tensor off by {self.minimum_detectable:.1g} of its norm would have been caught; "
                 f"{self.controls[0]} of {self.controls[1]} planted faults were."
@@ -105,7 +107,8 @@ class Report:
             "findings": [_plain(finding) for finding in self.findings],
             "notes": self.notes,
             "weight_map": self.weight_map,
-            "noise": self.noise,
+            "noise": {name: [_finite(x) for x in pair] for name, pair in self.noise.items()},
+            "weights_compared": self.weights_compared,
             "controls": {"caught": self.controls[0], "planted": self.controls[1]},
             "minimum_detectable": _finite(self.minimum_detectable),
         }

@@ -64,6 +64,13 @@ def _read_file(path: Path) -> Any:
         ) from error
 
 
+def to_numpy(tensor: Any) -> np.ndarray:
+    """A copy of a tensor; bfloat16 as ml_dtypes has it."""
+    array = to_array(tensor)
+    assert array is not None
+    return np.array(array)
+
+
 def to_array(value: Any) -> np.ndarray | None:
     """A view of an array of any of the three libraries, None for anything else."""
     torch = sys.modules.get("torch")  # no tensor can exist without it

@@ -12,7 +12,7 @@ from flax import linen, nnx
 from torch import nn
 
 from jaxloss.parity._batch import Batch
-from jaxloss.parity._layout import Layout, Shape, same
+from jaxloss.parity._layout import Layout, Shape, channels_last, same
 from jaxloss.parity._original import Original, Recording
 from jaxloss.parity._pairs import Call, CallPair, activation_layout, pair_weights
 from jaxloss.parity._port import Arrays, Port
@@ -139,13 +139,21 @@ class Subject:
         state = {name: array.shape for name, array in view.state.items() if not name.endswith("num_batches_tracked")}
         ours = {name: weight.layout.merged for name, weight in port.weights.items()}
         self.weight_pairs = pair_weights(ours, state, [name for name, _ in shapes], [c.name for c in recording.calls])
+        self.mismatched = [
+            (mine, f"has shape {ours[mine]}, PyTorch's {state[theirs]}")
+            for mine, theirs in self.weight_pairs.items()
+            if ours[mine] != state[theirs]
+        ]
+        self.mismatched += self._trained_otherwise(view)
+        wrong = {mine for mine, _ in self.mismatched}
         self.unmatched_ours = sorted(ours.keys() - self.weight_pairs.keys())
         self.unmatched_theirs = sorted(state.keys() - set(self.weight_pairs.values()))
-        layers = {theirs.rpartition(".")[0]: ours.rpartition(".")[0] for ours, theirs in self.weight_pairs.items()}
-        for (name, _), feature_map in recording.flattened.items():
-            if name in layers:
-                self.feature_maps.setdefault(layers[name], feature_map)
-        port.set_flatten(self._flat_maps(port))
+        layers = {theirs.rpartition(".")[0]: mine.rpartition(".")[0] for mine, theirs in self.weight_pairs.items()}
+        self.weight_pairs = {mine: theirs for mine, theirs in self.weight_pairs.items() if mine not in wrong}
+        unknown = self.feature_maps.keys() - {weight.layer_name for weight in port.weights.values()}
+        if unknown:
+            raise ValueError(f"check: layouts names {', '.join(sorted(unknown))}, which the port does not have.")
+        self._find_feature_maps(recording, layers, port)
         for call in recording.calls:
             if (key := (layers.get(call.name, ""), call.index)) in shapes and call.name in layers:
                 arrived, left = shapes[key]
@@ -158,9 +166,43 @@ class Subject:
                 if output and len(call.inputs) == len(arrived) == len(fitting):
                     self.pairs.append(CallPair(call.key, key, fitting, output))
         self.uncompared = sorted({name for name, _ in shapes} - {pair.ours[0] for pair in self.pairs})
-        self.batch.layout = activation_layout(recording.outputs.shape, result)
-        if self.batch.layout is None:
-            raise ValueError(f"check: the port's output is {result}, PyTorch's {recording.outputs.shape}.")
+        self.batch.layout = self._output_layout(recording, result)
+
+    def _trained_otherwise(self, view: View) -> Iterator[tuple[str, str]]:
+        """Weights that one framework trains and the other does not."""
+        for mine, theirs in self.weight_pairs.items():
+            trained = mine in view.port.parameters
+            if theirs in view.recording.parameter_gradients and not trained:
+                yield mine, "is no nnx.Param: PyTorch trains it, the port does not"
+            if theirs in view.recording.buffers and trained:
+                yield mine, "is an nnx.Param: PyTorch keeps it as a buffer, the port trains it"
+
+    def _find_feature_maps(self, recording: Recording, layers: Mapping[str, str], port: Port) -> None:
+        """Where PyTorch flattens a feature map before a linear layer, one by one: some are none for the port."""
+        port.set_flatten(self._flat_maps(port))
+        for (name, _), feature_map in recording.flattened.items():
+            layer = layers.get(name)
+            if layer is not None and layer not in self.feature_maps:
+                self.feature_maps[layer] = feature_map
+                try:
+                    port.set_flatten(self._flat_maps(port))
+                except ValueError:  # what was flattened is a sequence, or has its channels last
+                    del self.feature_maps[layer]
+        port.set_flatten(self._flat_maps(port))
+
+    def _output_layout(self, recording: Recording, ours: Shape) -> Layout:
+        """The same, or with the channels last; nothing else is the same output."""
+        theirs = recording.outputs.shape
+        last = recording.calls[-1].layer if recording.calls else None
+        images = len(theirs) > 3 or isinstance(last, _CHANNELS_FIRST)
+        candidates = [channels_last(theirs)] if images and len(theirs) > 2 else []
+        candidates = [*candidates, same(theirs)] if isinstance(last, _CHANNELS_FIRST) else [same(theirs), *candidates]
+        for layout in candidates:
+            if layout.shape == ours:
+                if layout != same(theirs):
+                    self.batch.notes.append("The port's output has PyTorch's axis 1 last.")
+                return layout
+        raise ValueError(f"check: the port's output is {ours}, PyTorch's {theirs}.")
 
     def _layout(self, layer: nn.Module, theirs: Shape, ours: Shape, call: Call) -> Layout | None:
         return activation_layout(
@@ -172,9 +214,13 @@ class Subject:
 
     def _flat_maps(self, port: Port) -> dict[str, Shape]:
         """The feature maps that layers with a plain kernel read as one axis; a LinearGeneral's tells its own."""
-        kinds = nnx.Linear | linen.Dense
-        linear = {weight.layer_name for weight in port.weights.values() if isinstance(weight.layer, kinds)}
-        return {name: shape for name, shape in self.feature_maps.items() if name in linear}
+        kinds = nnx.Linear | linen.Dense | None
+        plain = {
+            weight.layer_name
+            for name, weight in port.weights.items()
+            if isinstance(weight.layer, kinds) and name.endswith("weight") and len(weight.variable.shape) == 2
+        }
+        return {name: shape for name, shape in self.feature_maps.items() if name in plain}
 
     def _choose_values(self, view: View) -> None:
         """The port's own weights if they come from PyTorch's, in whatever order; else PyTorch's."""
@@ -184,10 +230,7 @@ class Subject:
                 ours = np.asarray(values[f"{name}.weight"])
                 if np.array_equal(ours, view.state[theirs].T):  # the port flattens in PyTorch's order
                     self._forget_feature_map(name, view)
-        kernels = [np.asarray(values[name]) for name in self.weight_pairs if values[name].ndim > 1]
-        self.copied = bool(kernels) and not any(
-            same_values(kernel, theirs) for kernel in kernels for theirs in view.state.values()
-        )
+        self.copied = not any(self._comes_from_torch(name, values[name], view) for name in self.weight_pairs)
         self.values: Arrays = values
         if self.copied:
             self._copy_values(view)
@@ -195,6 +238,16 @@ class Subject:
                 if self._arrives_in_torchs_order(name, view):
                     self._forget_feature_map(name, view)
                     self._copy_values(view)
+
+    def _comes_from_torch(self, name: str, value: Any, view: View) -> bool:
+        """Whether a weight is the original's, or made from it; what is constant tells nothing."""
+        ours = np.asarray(value)
+        theirs = view.port.weights[name].layout.to_flax(view.state[self.weight_pairs[name]])
+        if not ours.size > 1 or np.ptp(ours) == 0 or np.ptp(theirs) == 0:
+            return False
+        if np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.9 and ours.size > 3:
+            return True
+        return any(same_values(ours, other) for other in view.state.values())
 
     def other_initialisation(self) -> Iterator[str]:
         """The parameters that the port draws from another distribution than PyTorch, by their spread."""
@@ -213,7 +266,9 @@ class Subject:
 
     def _arrives_in_torchs_order(self, name: str, view: View) -> bool:
         cut = view.programs.cut(self.values, view.recording)
-        pair = next(pair for pair in self.pairs if pair.ours[0] == name)
+        pair = next((pair for pair in self.pairs if pair.ours[0] == name), None)
+        if pair is None:
+            return False
         call = next(call for call in view.recording.calls if call.key == pair.theirs)
         arrived, (expected,) = np.asarray(cut.arrived[pair.ours][0]), pair.inputs_to_flax(call.inputs)
         return bool(np.allclose(arrived, call.inputs[0], rtol=1e-9) and not np.allclose(arrived, expected, rtol=1e-9))

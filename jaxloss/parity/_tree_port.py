@@ -17,6 +17,7 @@ from jaxloss.parity.weights import NAMES, Weight, linear_layout
 
 _TRAIN_FLAGS = {"train": True, "training": True, "is_training": True, "deterministic": False}
 _STATISTICS = ("batch_stats",)
+_SHORT = {"w": "weight", "b": "bias"}
 
 
 class _Leaf:
@@ -48,12 +49,15 @@ class FunctionPort(Port):
         self.flatten = dict(flatten)
         self.weights: dict[str, Weight] = {}
         for path, leaf in self._leaves:
-            *layer, attribute = path
+            *layer, attribute = path or ("weight",)
             name = ".".join(layer)
             module = self._modules.get(name)
             layout = _leaf_layout(module, attribute, leaf.shape, tuple(self.flatten.get(name, ())))
             weight = Weight(leaf, layout, module, name)
-            self.weights[".".join((*layer, NAMES.get(attribute, attribute)))] = weight
+            full = ".".join((*layer, _SHORT.get(attribute) or NAMES.get(attribute, attribute)))
+            if full in self.weights:
+                raise ValueError(f"check: two parameters of the port would be called {full} in PyTorch.")
+            self.weights[full] = weight
 
     @property
     def parameters(self) -> list[str]:
