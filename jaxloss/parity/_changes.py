@@ -103,19 +103,11 @@ def _conv(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
     fix = f"pass padding={padding} to the Flax layer: its default is SAME, PyTorch's is 0"
     yield Change(f"the port pads SAME, PyTorch {padding}", fix, same)
     yield Change(f"the port pads nothing, PyTorch {padding}", f"pass padding={padding}", again(padding=0))
-    pads = (
-        [_at(padding, axis) for axis in reversed(range(axes)) for _ in (0, 1)]
-        if padding not in ("same", "valid")
-        else []
-    )
-    for mode, name in {"circular": "CIRCULAR", "reflect": "REFLECT"}.items():
-        if any(pads):
-            padded = lambda mode=mode: F.pad(x, pads, mode=mode)  # noqa: E731
-            yield Change(
-                f"the port pads {name}, PyTorch with zeros",
-                f"pass padding={padding}",
-                lambda p=padded: again(input=p(), padding=0)(),
-            )
+    if not isinstance(padding, str) and any(_at(padding, axis) for axis in range(axes)):
+        pads = [_at(padding, axis) for axis in reversed(range(axes)) for _ in (0, 1)]
+        for mode, name in {"circular": "CIRCULAR", "reflect": "REFLECT"}.items():
+            meaning, fix = f"the port pads {name}, PyTorch with zeros", f"pass padding={padding}"
+            yield Change(meaning, fix, lambda mode=mode: again(input=F.pad(x, pads, mode=mode), padding=0)())
     yield from _kernels(again, weight, range(2, weight.ndim))
     yield _no_bias(again)
 

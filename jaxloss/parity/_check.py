@@ -128,16 +128,14 @@ def _unmatched(findings: Findings, subject: Subject) -> None:
     if subject.uncompared:
         names = ", ".join(subject.uncompared)
         findings.notes.append(f"No call of PyTorch's fits {names}: compared only within the edges around.")
-    for names, where in ((subject.unmatched_ours, "PyTorch"), (subject.unmatched_theirs, "the port")):
-        for name in names:
-            findings.fail(
-                subject.place_of(name.rpartition(".")[0]), name.rpartition(".")[2], f"has no counterpart in {where}"
-            )
-    for ours, problem in subject.mismatched:
-        findings.fail(subject.place_of(ours.rpartition(".")[0]), ours.rpartition(".")[2], problem)
-    for name in subject.aliased():
-        problem = "shares PyTorch's memory: an in-place optimizer changes it; copy with load_torch or jnp.array"
-        findings.fail(subject.place_of(name.rpartition(".")[0]), name.rpartition(".")[2], problem)
+    problems = [(name, "has no counterpart in PyTorch") for name in subject.unmatched_ours]
+    problems += [(name, "has no counterpart in the port") for name in subject.unmatched_theirs]
+    problems += subject.mismatched
+    aliased = "shares PyTorch's memory: an in-place optimizer changes it; copy with load_torch or jnp.array"
+    problems += [(name, aliased) for name in subject.aliased()]
+    for name, problem in problems:
+        layer, _, kind = name.rpartition(".")
+        findings.fail(subject.place_of(layer), kind, problem)
     for i in subject.exact.recording.mutated:
         findings.notes.append(f"PyTorch's module changes its input {i} in place; the port gets it as it was.")
 
@@ -213,12 +211,8 @@ def _compare_pieces(findings: Findings, subject: Subject, view: View, cut: CutRu
     _compare_loss(findings, subject, view)
     recording = view.recording
     for piece in pieces[last + 1 :]:
-        of_weight = piece.quantity.startswith("gradient of ") and piece.quantity.split()[2] not in (
-            "input",
-            "output",
-            "the",
-        )
-        floor = recording.gradient_floor if of_weight else recording.activation_floor
+        of_activation = piece.quantity.startswith(("gradient of input", "gradient of output", "gradient of the input"))
+        floor = recording.activation_floor if of_activation else recording.gradient_floor
         findings.add(*piece, floor=floor, may_be_zero=True)
     if all(finding.negligible for finding in findings.all if "gradient of" in finding.quantity):
         findings.fail("whole network", "gradients", "are 0 everywhere in PyTorch: nothing can be told from them")

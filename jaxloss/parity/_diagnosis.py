@@ -1,6 +1,7 @@
 """Why a port differs: PyTorch is run again with one call changed, until it gives what the port gives."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,7 +107,7 @@ def _of_weight(subject: Subject, failure: Failure) -> Iterator[Explanation]:
         yield Explanation(f"the port's {finding.quantity} is still the initial {value:g}: it was never copied", fix)
     if finding.diagnosis.endswith("order (1, 0)"):
         yield Explanation("the kernel's inputs and outputs are swapped", fix)
-    if finding.diagnosis.endswith("order (2, 0, 1, 3)") and ours.ndim == 4 and layout.merged != ours.shape[::-1]:
+    if finding.diagnosis.endswith("order (2, 0, 1, 3)") and len(layout.merged) == 2:
         yield Explanation(
             "the kernel's rows are in the order (channels, height, width), the port's inputs are not", fix
         )
@@ -121,12 +122,12 @@ def _of_layer(subject: Subject, failure: Failure) -> Iterator[Explanation]:
     original = subject.original()
     layer = original.layers[call.name]
 
-    def run(functions: Functions) -> Sequence[np.ndarray]:
+    def run(functions: Functions) -> np.ndarray:
         inputs = [torch.from_numpy(array) for array in call.inputs]
         with torch.no_grad(), functions:
-            return [to_numpy(layer(*inputs))]
+            return to_numpy(layer(*inputs))
 
-    yield from _changed(run, [(pair.output, failure.ours)], lambda change: Functions(0, change=change, inside=True))
+    yield from _changed(run, pair.output, failure.ours, partial(Functions, 0, inside=True))
     yield from _inserted(call.output, pair.output, failure.ours)
 
 
@@ -145,37 +146,35 @@ def _of_edge(subject: Subject, failure: Failure) -> Iterator[Explanation]:
         pair, theirs, layout = None, subject.exact.recording.outputs, subject.batch.layout
     assert layout is not None
 
-    def run(functions: Functions) -> Sequence[np.ndarray]:
+    def run(functions: Functions) -> np.ndarray:
         original = subject.original()
         with torch.no_grad():
             calls, outputs = original.forward(original.cast(subject.batch.torch_inputs), functions)
         if pair is None:
-            return [to_numpy(outputs)]
-        return next(call.inputs for call in calls if call.key == pair.theirs)[:1]
+            return to_numpy(outputs)
+        return next(call.inputs[0] for call in calls if call.key == pair.theirs)
 
     yield from _other_dropout(subject, windows)
-    make = lambda change: Functions(subject.seed, windows=windows, change=change)  # noqa: E731
-    yield from _changed(run, [(layout, failure.ours)], make)
+    yield from _changed(run, layout, failure.ours, partial(Functions, subject.seed, windows=windows))
     yield from _inserted(theirs, layout, failure.ours)
     if len(subject.exact.recording.inputs[0].shape) == 4 and edge == 0:
         yield from _other_input(failure)
 
 
 def _changed(
-    run: Callable[[Functions], Sequence[np.ndarray]],
-    wanted: Sequence[tuple[Layout, np.ndarray]],
-    watch: Callable[[tuple[int, int] | None], Functions],
+    run: Callable[[Functions], np.ndarray], layout: Layout, ours: np.ndarray, watch: Callable[..., Functions]
 ) -> Iterator[Explanation]:
-    probe = watch(None)
+    """Runs with one call changed after the other, and yields those that give ours."""
+    probe = watch()
     run(probe)
     for call, count in enumerate(probe.alternatives):
         for alternative in range(count):
-            functions = watch((call, alternative))
+            functions = watch(change=(call, alternative))
             try:
-                results = run(functions)
+                result = run(functions)
             except (RuntimeError, ValueError, TypeError, IndexError):
                 continue  # this alternative does not fit what follows
-            if all(_equals(result, *pair) for result, pair in zip(results, wanted, strict=True)):
+            if _equals(result, layout, ours):
                 yield Explanation(functions.changed.meaning, functions.changed.fix)
 
 
@@ -227,16 +226,16 @@ def _other_input(failure: Failure) -> Iterator[Explanation]:
 def _of_loss(subject: Subject, failure: Failure) -> Iterator[Explanation]:
     """A changed loss that gives the port's value or gradient."""
 
-    def run(functions: Functions) -> Sequence[np.ndarray]:
+    def run(functions: Functions) -> np.ndarray:
         outputs = torch.from_numpy(subject.exact.recording.outputs).requires_grad_()
         with functions:
             loss = subject.batch.torch_objective(outputs)
         gradient = torch.autograd.grad(loss, outputs)[0]
-        return [to_numpy(gradient if failure.finding.quantity == "gradient" else loss)]
+        return to_numpy(gradient if failure.finding.quantity == "gradient" else loss)
 
     layout = subject.batch.layout if failure.finding.quantity == "gradient" else permuted((), ())
     assert layout is not None
-    yield from _changed(run, [(layout, failure.ours)], lambda change: Functions(0, change=change, inside=True))
+    yield from _changed(run, layout, failure.ours, partial(Functions, 0, inside=True))
 
 
 def _of_statistic(subject: Subject, failure: Failure) -> Iterator[Explanation]:

@@ -19,7 +19,6 @@ class Finding:
     dtype: str
     error: float  # relative L2
     bound: float
-    judged: bool = True  # whether it counts for the verdict, or is only told
     problem: str = ""
     negligible: bool = False  # next to nothing, and only held to be that
     kind: str = ""  # semantic, precision, layout, scale or localised, if it failed
@@ -30,11 +29,6 @@ class Finding:
     def ok(self) -> bool:
         """Whether the arrays agree."""
         return not self.problem and self.error <= self.bound
-
-    @property
-    def failed(self) -> bool:
-        """Whether this makes the verdict."""
-        return self.judged and not self.ok
 
     def __str__(self) -> str:
         """One line, or three where there is a diagnosis."""
@@ -90,7 +84,7 @@ class Findings:
         result = outcome(ours)
         negligible = bool(np.linalg.norm(theirs) <= 100 * floor) if may_be_zero else False
         dtype = str(ours.dtype)
-        finding = Finding(place, quantity, dtype, result.error, result.bound, True, result.problem, negligible)
+        finding = Finding(place, quantity, dtype, result.error, result.bound, result.problem, negligible)
         self.all.append(finding)
         if not finding.ok:
             self.failures.append(Failure(finding, ours, theirs))

@@ -15,9 +15,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from jaxloss.parity._changes import Change, changes, dropped
+from jaxloss.parity._pairs import Call
 from jaxloss.parity._state_dict import to_numpy
-
-Call = tuple[str, int]  # a layer's name, and how often it was called before
 
 
 @dataclass
@@ -189,7 +188,8 @@ def _fresh(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The same optimizer with a new state, in its parameters' present dtype."""
     known = inspect.signature(type(optimizer)).parameters
     options = {name: value for name, value in optimizer.defaults.items() if name in known}
-    return type(optimizer)([dict(group) for group in optimizer.param_groups], **options)  # type: ignore[call-arg]
+    make: Callable[..., torch.optim.Optimizer] = type(optimizer)
+    return make([dict(group) for group in optimizer.param_groups], **options)
 
 
 def _is_layer(module: nn.Module) -> bool:

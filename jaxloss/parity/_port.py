@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
+from jaxloss.parity._pairs import Call
 from jaxloss.parity.weights import weights_of
 
-Call = tuple[str, int]  # a layer's name, and how often it was called before
 Arrays = dict[str, jax.Array]
 Hook = Callable[[object, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -179,11 +179,11 @@ def _hooks(hook: Hook) -> Iterator[None]:
 def _hooked(kind: type) -> type:
     """A subclass that hands its calls to the hook in force."""
 
-    def __call__(self: object, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+    def call(self: object, *args: Any, **kwargs: Any) -> Any:
         function, hook = partial(kind.__call__, self), _hook.get()
         return function(*args, **kwargs) if hook is None else hook(self, function, args, kwargs)
 
-    return type(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
 
 
 def _modules(module: nnx.Module) -> list[Any]:

@@ -34,7 +34,6 @@ class FreeRun:
 
     loss: jax.Array
     result: jax.Array
-    outputs: dict[Call, jax.Array]
     statistics: Arrays
     parameter_gradients: Arrays
     input_gradients: list[Any]
@@ -68,7 +67,7 @@ class Programs:
     def _free_loss(self, parameters: Arrays, inputs: Any, statistics: Arrays, masks: Any) -> Any:
         tape = Free(self.port.layers, masks)
         result, after = self.port.run({**parameters, **statistics}, inputs, tape)
-        return self.batch.flax_objective(result), (result, tape.outputs, after)
+        return self.batch.flax_objective(result), (result, after)
 
     def cut(self, values: Arrays, recording: Recording) -> CutRun:
         """Forward and backward of every layer and edge from the original's inputs, outputs and gradients."""

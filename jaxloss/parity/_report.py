@@ -27,8 +27,8 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether everything that was judged agrees, and enough was judged."""
-        return any(f.judged for f in self.findings) and self.first_divergence is None and self._controls_hold
+        """Whether everything agrees, something was compared, and every planted fault was caught."""
+        return bool(self.findings) and self.first_divergence is None and self._controls_hold
 
     @property
     def first_divergence(self) -> Finding | None:
@@ -42,13 +42,13 @@ class Report:
     @property
     def minimum_detectable(self) -> float:
         """The smallest change of any compared tensor, relative to its norm, that would have failed."""
-        exact = (f for f in self.findings if f.judged and f.dtype == "float64" and not f.negligible)
+        exact = (f for f in self.findings if f.dtype == "float64" and not f.negligible)
         bounds = [f.bound for f in exact if np.isfinite(f.bound)]
         return max(bounds, default=np.inf)
 
     def failures(self) -> Iterator[Finding]:
         """Every finding that failed."""
-        return (finding for finding in self.findings if finding.failed)
+        return (finding for finding in self.findings if not finding.ok)
 
     def __str__(self) -> str:
         """The verdict, the first divergence, and a line per place."""
@@ -59,7 +59,7 @@ class Report:
         head, *rest = self._head()
         tree = Tree(Text("\n".join([head, *rest]), style="bold green" if self.ok else "bold red"))
         for place, findings in self.places().items():
-            failed = [finding for finding in findings if finding.failed]
+            failed = [finding for finding in findings if not finding.ok]
             style = "red" if failed else "green"
             branch = tree.add(Text(f"{place}: {_summary(findings)}", style=style))
             for finding in failed:
@@ -74,16 +74,15 @@ class Report:
             yield f"not judged: {quantity} {ours:.1e} from float64, PyTorch's {theirs:.1e}"
 
     def _head(self) -> Iterator[str]:
-        judged = [f for f in self.findings if f.judged]
         if self.ok:
             weights = "" if self.weights_compared else " The port's own weights were not compared."
-            yield f"ok: {len(judged)} tensors agree with PyTorch.{weights}"
+            yield f"ok: {len(self.findings)} tensors agree with PyTorch.{weights}"
             yield (
                 f"A tensor off by {self.minimum_detectable:.1g} of its norm would have been caught; "
                 f"{self.controls[0]} of {self.controls[1]} planted faults were."
             )
         elif (first := self.first_divergence) is not None:
-            yield f"differs: {sum(f.failed for f in judged)} of {len(judged)} tensors. The first:"
+            yield f"differs: {len(list(self.failures()))} of {len(self.findings)} tensors. The first:"
             yield f"  {first}".replace("\n", "\n  ")
         else:
             yield "nothing can be said: no tensor was compared, or a planted fault was not caught."
@@ -129,11 +128,11 @@ def _finite(x: float) -> float | None:
 
 
 def _mark(findings: Sequence[Finding]) -> str:
-    return "FAIL" if any(f.failed for f in findings) else "  ok"
+    return "FAIL" if not all(f.ok for f in findings) else "  ok"
 
 
 def _summary(findings: Sequence[Finding]) -> str:
-    worst = max(findings, key=lambda f: (f.failed, f.error / f.bound if f.bound else 0))
-    failed = [f.quantity for f in findings if f.failed]
+    worst = max(findings, key=lambda f: (not f.ok, f.error / f.bound if f.bound else 0))
+    failed = [f.quantity for f in findings if not f.ok]
     what = ", ".join(dict.fromkeys(failed)) if failed else f"{len(findings)} tensors"
     return f"{what}; worst {worst.error:.1e} of {worst.bound:.1e} allowed ({worst.quantity}, {worst.dtype})"

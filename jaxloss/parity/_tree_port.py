@@ -143,7 +143,8 @@ def _plain(key: Any) -> str:
 
 def _set_dtype(module: linen.Module, dtype: jax.typing.DTypeLike) -> None:
     """Has a layer that was told to compute in float32 compute in the port's dtype."""
-    if getattr(module, "dtype", None) is not None and jnp.dtype(module.dtype) == jnp.float32:  # type: ignore[attr-defined]
+    told = getattr(module, "dtype", None)
+    if told is not None and jnp.dtype(told) == jnp.float32:
         object.__setattr__(module, "dtype", dtype)
 
 

@@ -1,0 +1,85 @@
+"""The parity engine on ports that are no NNX modules."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+from flax import linen
+from torch import nn
+
+from jaxloss import parity
+from parity_tests.zoo import randomise
+
+
+class LinenResidual(linen.Module):
+    @linen.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        y = linen.Conv(8, (3, 3), padding=1, dtype=jnp.float32)(x)
+        y = linen.relu(linen.BatchNorm(not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False)(y))
+        y = linen.Dropout(0.5, broadcast_dims=(1, 2), deterministic=not train)(y)
+        y = linen.max_pool(y, (2, 2), (2, 2)).reshape(len(y), -1)
+        return linen.Dense(5)(y)
+
+
+class TorchSmall(nn.Sequential):
+    def __init__(self) -> None:
+        layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout2d(0.5), nn.MaxPool2d(2)
+        super().__init__(*layers, nn.Flatten(), nn.Linear(8 * 16, 5))
+
+
+def linen_port(original: nn.Module) -> tuple[linen.Module, Any]:
+    """The port with the original's weights."""
+    state = {name: jnp.array(tensor.numpy()) for name, tensor in original.state_dict().items()}
+    kernel = state["6.weight"].reshape(5, 8, 4, 4).transpose(2, 3, 1, 0).reshape(-1, 5)
+    params = {
+        "Conv_0": {"kernel": state["0.weight"].transpose(2, 3, 1, 0), "bias": state["0.bias"]},
+        "BatchNorm_0": {"scale": state["1.weight"], "bias": state["1.bias"]},
+        "Dense_0": {"kernel": kernel, "bias": state["6.bias"]},
+    }
+    statistics = {"BatchNorm_0": {"mean": state["1.running_mean"], "var": state["1.running_var"]}}
+    return LinenResidual(), {"params": params, "batch_stats": statistics}
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_linen_module_is_compared_layer_by_layer(train):
+    torch.manual_seed(0)
+    original = randomise(TorchSmall())
+    report = parity.check(original, linen_port(original), torch.randn(6, 3, 8, 8), train=train, steps=2)
+    assert {"0", "1", "6", "between 1 and 6", "between 6 and the output"} <= report.places().keys()
+    failures = [(finding.place, finding.quantity) for finding in report.failures()]
+    assert failures == ([("1", "running_var after a step")] if train else []), str(report)
+    if train:  # Flax's own batch norm is the one that differs
+        assert "by n, PyTorch by n - 1" in report.first_divergence.diagnosis
+
+
+def test_fault_in_a_linen_module_is_found():
+    torch.manual_seed(0)
+    original = randomise(TorchSmall())
+    module, variables = linen_port(original)
+    kernel = variables["params"]["Conv_0"]["kernel"]
+    variables["params"]["Conv_0"]["kernel"] = kernel.swapaxes(0, 1)
+    report = parity.check(original, (module, variables), torch.randn(6, 3, 8, 8), steps=0, dtypes=["float64"])
+    assert (report.first_divergence.place, report.first_divergence.kind) == ("0", "layout")
+
+
+def test_function_with_params_is_compared_as_a_whole():
+    def forward(params: Any, x: jax.Array) -> jax.Array:
+        return (
+            jax.nn.relu(x @ params["0"]["kernel"] + params["0"]["bias"]) @ params["2"]["kernel"] + params["2"]["bias"]
+        )
+
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    state = {name: jnp.array(tensor.numpy()) for name, tensor in original.state_dict().items()}
+    params = {i: {"kernel": state[f"{i}.weight"].T, "bias": state[f"{i}.bias"]} for i in ("0", "2")}
+    report = parity.check(original, (forward, params), torch.randn(5, 4), steps=2)
+    assert report.ok, str(report)
+    assert any("layers are unknown" in note for note in report.notes)
+    assert ("whole network", "gradient of 2.weight") in {(f.place, f.quantity) for f in report.findings}
+    params["2"]["bias"] = params["2"]["bias"] + 1
+    report = parity.check(original, (forward, params), torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert not report.ok
+    with pytest.raises(TypeError, match="the port is a function, expected"):
+        parity.check(original, forward, torch.randn(5, 4))

@@ -1,0 +1,354 @@
+"""The parity engine on strange modules and wrong ports: an error or a verdict, never a wrong "ok"."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch import nn
+
+from jaxloss import parity
+from jaxloss.parity._compare import Rounding
+from jaxloss.parity._findings import Finding
+from parity_tests.zoo import randomise
+
+
+def small() -> tuple[nn.Module, nnx.Module]:
+    torch.manual_seed(0)
+    module = randomise(nn.Linear(4, 3))
+    return module, parity.load_torch(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), module.state_dict())
+
+
+def check_small(batch: Any, **options: Any) -> parity.Report:
+    module, port = small()
+    return parity.check(module, port, batch, **({"steps": 1, "dtypes": ["float64"]} | options))
+
+
+def test_probability_targets_and_no_loss():
+    batch = torch.randn(5, 4)
+    assert check_small((batch, torch.softmax(torch.randn(5, 3), 1))).ok
+    assert check_small(batch, losses=None).ok
+    assert check_small((batch.numpy(), np.arange(5) % 3), flax_batch=batch.numpy()).ok
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(0, 4), ()], ids=["no rows", "nothing"])
+def test_empty_batch_is_refused(batch):
+    with pytest.raises(ValueError, match="the batch is empty"):
+        check_small(batch)
+
+
+def test_batch_of_nan_says_nothing():
+    report = check_small(torch.full((5, 4), torch.nan))
+    assert not report.ok
+    assert "nothing was compared" in report.first_divergence.problem
+
+
+def test_constant_batch_says_nothing():
+    report = check_small(torch.zeros(5, 4))
+    assert not report.ok
+    assert "nothing can be told" in report.first_divergence.problem
+
+
+def test_module_without_parameters():
+    class Port(nnx.Module):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nnx.relu(x)
+
+    for batch in (torch.randn(5, 4), torch.rand(5, 4)):
+        assert parity.check(nn.ReLU(), Port(), batch).ok
+    report = parity.check(nn.GELU(), Port(), torch.randn(5, 4))
+    assert report.first_divergence.place == "between the input and the output"
+    assert "applies relu where PyTorch applies gelu" in report.first_divergence.diagnosis
+
+
+def test_module_that_changes_its_input_is_compared_with_what_it_was_given():
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x.mul_(2))
+
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.fc = nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.fc(x)
+
+    batch = torch.randn(5, 4)
+    kept = batch.clone()
+    report = parity.check(Original(), Port(nnx.Rngs(0)), batch, steps=0, dtypes=["float64"])
+    assert torch.equal(batch, kept)
+    assert report.first_divergence.place == "between the input and fc"
+    assert any("changes its input 0 in place" in note for note in report.notes)
+
+
+class TorchTied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(tokens).mean(1))
+
+
+class FlaxTied(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(7, 4, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.embed.attend(self.embed(tokens).mean(1))
+
+
+def test_tied_weights_pass_and_lost_ties_do_not():
+    class Untied(FlaxTied):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            super().__init__(rngs)
+            self.head = nnx.Linear(4, 7, use_bias=False, rngs=rngs)
+
+        def __call__(self, tokens: jax.Array) -> jax.Array:
+            return self.head(self.embed(tokens).mean(1))
+
+    torch.manual_seed(0)
+    original, tokens = TorchTied(), torch.randint(7, (6, 3))
+    report = parity.check(original, FlaxTied(nnx.Rngs(0)), tokens, steps=2)
+    assert report.ok, str(report)
+    report = parity.check(original, Untied(nnx.Rngs(0)), tokens, steps=2)
+    assert report.first_divergence.place == "head"
+    assert "no counterpart in PyTorch" in report.first_divergence.problem
+
+
+def test_frozen_parameters_are_held_fixed():
+    module, port = small()
+    module.bias.requires_grad_(False)
+    report = parity.check(module, port, torch.randn(5, 4), steps=2, dtypes=["float64"])
+    assert report.ok, str(report)
+    assert any("does not train bias" in note for note in report.notes)
+
+
+def test_dropout_that_the_original_has_not_is_found():
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.fc, self.dropout = nnx.Linear(4, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.dropout(self.fc(x))
+
+    original = nn.Sequential()
+    original.add_module("fc", nn.Linear(4, 3))
+    options = {"steps": 0, "dtypes": ["float64"]}
+    assert parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), **options).ok
+    report = parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), train=True, **options)
+    assert report.first_divergence.place == "between fc and the output"
+    assert "drops 1 times in a run, PyTorch 0 times" in report.first_divergence.diagnosis
+
+
+@pytest.mark.parametrize("side", ["torch", "flax"])
+def test_module_that_raises_passes_its_error_on(side):
+    class Original(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("from the original")
+
+    class Port(nnx.Linear):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            raise RuntimeError("from the port")
+
+    module, port = small()
+    module, port = (Original(4, 3), port) if side == "torch" else (module, Port(4, 3, rngs=nnx.Rngs(0)))
+    with pytest.raises(RuntimeError, match=f"from the {'original' if side == 'torch' else 'port'}"):
+        parity.check(module, port, torch.randn(5, 4))
+
+
+def test_other_shapes_are_an_error():
+    module, _ = small()
+    with pytest.raises(ValueError, match=r"output is \(5, 2\), PyTorch's \(5, 3\)"):
+        parity.check(module, nnx.Linear(4, 2, rngs=nnx.Rngs(0)), torch.randn(5, 4))
+
+
+def test_outputs_that_are_no_array_are_refused():
+    class Original(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            return x, x
+
+    with pytest.raises(TypeError, match="returned a tuple, expected one tensor"):
+        parity.check(Original(4, 3), small()[1], torch.randn(5, 4))
+
+
+class Scale(nnx.Module):
+    """Multiplies by a weight, which may be of any kind of variable."""
+
+    def __init__(self, kind: Callable[..., nnx.Variable]) -> None:
+        self.fc, self.factor = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), kind(jnp.ones(3))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc(x) * self.factor[...]
+
+
+class TorchScale(nn.Module):
+    def __init__(self, *, trained: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        factor = torch.rand(3)
+        self.factor = nn.Parameter(factor) if trained else None
+        if not trained:
+            del self.factor
+            self.register_buffer("factor", factor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * self.factor
+
+
+@pytest.mark.parametrize(
+    ("trained", "kind", "says"), [(True, nnx.Variable, "is no nnx.Param"), (False, nnx.Param, "buffer")]
+)
+def test_weights_that_only_one_framework_trains_are_found(trained, kind, says):
+    torch.manual_seed(0)
+    original = TorchScale(trained=trained)
+    port = parity.load_torch(Scale(kind), original.state_dict())
+    for train in (False, True):
+        report = parity.check(original, port, torch.randn(5, 4), steps=1, dtypes=["float64"], train=train)
+        assert says in report.first_divergence.problem
+
+
+@pytest.mark.parametrize("change", [lambda k: 2 * k, lambda k: k.astype(jnp.bfloat16).astype(k.dtype)])
+def test_weights_near_the_originals_are_not_taken_for_fresh_ones(change):
+    module, port = small()
+    port.kernel.set_value(change(port.kernel[...]))
+    report = parity.check(module, port, torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert not report.ok
+    assert report.first_divergence.quantity == "weight"
+
+
+def test_norms_at_their_initial_values_pass():
+    original = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    port = nnx.Sequential(
+        nnx.Linear(4, 6, rngs=nnx.Rngs(0)),
+        nnx.LayerNorm(6, epsilon=1e-5, use_fast_variance=False, rngs=nnx.Rngs(0)),
+        nnx.Linear(6, 3, rngs=nnx.Rngs(0)),
+    )
+    report = parity.check(original, parity.load_torch(port, original.state_dict()), torch.randn(8, 4), steps=1)
+    assert report.ok, str(report)
+
+
+def test_layer_that_nothing_uses_passes():
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.unused(x)
+            return self.used(x)
+
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.used, self.unused = nnx.Linear(4, 3, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.unused(x)
+            return self.used(x)
+
+    report = parity.check(Original(), Port(nnx.Rngs(0)), torch.randn(5, 4), steps=1, dtypes=["float64"])
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("where", ["original", "port"])
+def test_gradient_that_only_one_framework_stops_is_found(where):
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) + self.b(x.detach() if where == "original" else x)
+
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.a, self.b = nnx.Linear(4, 3, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.a(x) + self.b(jax.lax.stop_gradient(x) if where == "port" else x)
+
+    report = parity.check(Original(), Port(nnx.Rngs(0)), torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert "gradient of the input" in [finding.quantity for finding in report.failures()]
+
+
+def test_output_of_another_shape_is_refused():
+    class Port(nnx.Linear):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return super().__call__(x)[:, 0]
+
+    losses = (lambda x, y: ((x - y) ** 2).mean(), lambda x, y: ((x - y) ** 2).mean())
+    batch = torch.randn(5, 4), torch.randn(5, 1)
+    with pytest.raises(ValueError, match=r"output is \(5,\), PyTorch's \(5, 1\)"):
+        parity.check(nn.Linear(4, 1), Port(4, 1, rngs=nnx.Rngs(0)), batch, losses=losses)
+
+
+def test_namesakes_of_other_shapes_are_named():
+    class Original(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(4, 8), nn.Linear(8, 3))
+
+    port = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
+    report = parity.check(Original(), port, torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert "has shape (6, 4), PyTorch's (8, 4)" in [finding.problem for finding in report.failures()]
+    with pytest.raises(ValueError, match="layouts names nowhere"):
+        parity.check(*small(), torch.randn(5, 4), layouts={"nowhere": (1, 2, 2)})
+
+
+def test_our_own_translation_with_param_groups_passes():
+    module, port = small()
+    groups = [{"params": [module.weight], "lr": 0.1}, {"params": [module.bias], "lr": 0.01}]
+    adam = torch.optim.Adam(groups)
+    pair = adam, parity.optimizer(adam, groups={"weight": 0, "bias": 1})
+    report = parity.check(module, port, torch.randn(5, 4), optimizers=pair, steps=3, dtypes=["float64"])
+    assert report.ok, str(report)
+
+
+def test_aliased_weights_are_found():
+    module, port = small()
+    weight = module.bias.detach()
+    report = parity.check(module, port, torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert report.ok
+    port.bias.set_value(jnp.from_dlpack(weight))
+    report = parity.check(module, port, torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert "shares PyTorch's memory" in report.first_divergence.problem
+
+
+def test_half_precision_inside_a_layer_fails_in_float32_too():
+    class Port(nnx.Linear):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return super().__call__(x.astype(jnp.bfloat16).astype(x.dtype))
+
+    torch.manual_seed(0)
+    module = nn.Linear(40, 30)
+    port = parity.load_torch(Port(40, 30, rngs=nnx.Rngs(0)), module.state_dict())
+    report = parity.check(module, port, torch.randn(50, 40), steps=0)
+    failed = {(finding.dtype, finding.quantity) for finding in report.failures()}
+    assert {("float64", "output"), ("float32", "output")} <= failed
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (3.0, True), (20.0, False)])
+def test_rounding_of_layers_is_judged_beside_torchs(factor, passes):
+    random = np.random.default_rng(0)
+    exact, error = random.normal(size=2000), 1e-6 * random.normal(size=2000)
+    ours, theirs = ((exact + scale * error).astype(np.float32) for scale in (factor, 1.0))
+    rounding = Rounding.of(ours, theirs, exact)
+    assert (rounding.ours <= rounding.bound) is passes
+    pooled = Rounding.pooled([rounding] * 3)
+    assert (pooled.ours <= pooled.bound) is passes
+
+
+def test_report_without_findings_or_with_a_fault_not_caught_is_not_ok():
+    finding = Finding("fc", "output", "float64", 0.0, 1e-12)
+    assert parity.Report([finding], controls=(3, 3)).ok
+    assert not parity.Report([finding], controls=(2, 3)).ok
+    assert not parity.Report([finding]).ok
+    assert not parity.Report([], controls=(3, 3)).ok
