@@ -18,7 +18,7 @@ import torch
 from flax import nnx
 from torch import nn
 
-from jaxloss.parity import load_torch, to_torch
+from jaxloss.parity import load_torch, to_torch, weight_map
 from parity_tests import torch_models
 from parity_tests.gates import assert_float64_close
 from train import models
@@ -328,6 +328,59 @@ def test_every_fault_is_named_and_nothing_is_loaded():
     assert_same_bits(to_torch(net), before)
 
 
+class Renamed(nnx.Module):
+    """A port of Sequential(Linear, ReLU, Linear, Linear) with names of its own."""
+
+    def __init__(self) -> None:
+        self.body = nnx.Sequential(nnx.Linear(4, 4, rngs=RNGS), nnx.Linear(4, 4, rngs=RNGS))
+        self.top = nnx.Linear(4, 3, rngs=RNGS)
+
+
+def numbered() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 3))
+
+
+def test_layers_without_namesakes_are_paired_in_order_and_printed(capsys):
+    state = numbered().state_dict()
+    port = load_torch(Renamed(), state)
+    assert capsys.readouterr().out.splitlines()[1:3] == [
+        "  body.0.weight (4, 4) <- 0.weight",
+        "  body.0.bias (4,) <- 0.bias",
+    ]
+    names = weight_map(port, state)
+    assert names["body.1.weight"] == "2.weight"
+    assert names["top.bias"] == "3.bias"
+    assert_same_bits(to_torch(port, names=names), {name: tensor.numpy() for name, tensor in state.items()})
+
+
+def test_numbers_are_no_names_where_the_frameworks_count_otherwise(capsys):
+    port = nnx.Sequential(*(nnx.Linear(4, 4, rngs=RNGS) for _ in range(3)))
+    original = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    assert weight_map(port, original.state_dict())["2.weight"] == "4.weight"
+    assert weight_map(port, original.state_dict())["1.weight"] == "2.weight"
+
+
+def test_map_can_be_changed(capsys):
+    state = numbered().state_dict()
+    names = weight_map(Renamed(), state)
+    names["body.0.weight"], names["body.1.weight"] = names["body.1.weight"], names["body.0.weight"]
+    port = load_torch(Renamed(), state, names=names)
+    assert capsys.readouterr().out == ""
+    assert same_bits(port.body.layers[0].kernel[...], state["2.weight"].numpy().T)
+    with pytest.raises(ValueError, match=r"no body\.2\.weight in the module, no 9\.weight in PyTorch"):
+        load_torch(Renamed(), state, names={"body.2.weight": "9.weight"})
+
+
+def test_what_the_port_does_not_need_is_ignored_by_name_or_pattern():
+    state = nn.Linear(2, 2).state_dict() | {"attn.mask": np.ones((3, 3), np.float32)}
+    with pytest.raises(ValueError, match=r"unexpected: attn\.mask"):
+        load_torch(nnx.Linear(2, 2, rngs=RNGS), state)
+    for ignore in ("attn.mask", "*.mask"):
+        load_torch(nnx.Linear(2, 2, rngs=RNGS), state, ignore=[ignore])
+    with pytest.raises(ValueError, match=r"ignore: the state_dict has no attn\.bias"):
+        load_torch(nnx.Linear(2, 2, rngs=RNGS), state, ignore=["attn.mask", "attn.bias"])
+
+
 def test_square_layer_of_another_rank_is_refused():
     with pytest.raises(ValueError, match=r"weight is \(4, 4, 1\), expected \(4, 4\)"):
         load_torch(nnx.Linear(4, 4, use_bias=False, rngs=RNGS), {"weight": np.zeros((4, 4, 1), np.float32)})
@@ -485,7 +538,7 @@ def test_weights_travel_without_torch(tmp_path):
         sys.modules["torch"] = None  # an import of it fails
         from flax import nnx
         from safetensors.numpy import save_file
-        from jaxloss.parity import load_torch, to_torch
+        from jaxloss.parity import load_torch, to_torch, weight_map
         path = {str(tmp_path / "model.safetensors")!r}
         save_file(to_torch(nnx.Linear(2, 3, rngs=nnx.Rngs(0))), path)
         load_torch(nnx.Linear(2, 3, rngs=nnx.Rngs(1)), path)

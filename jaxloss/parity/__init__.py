@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from jaxloss.parity._check import check
     from jaxloss.parity._report import Report
     from jaxloss.parity.optimizers import clip_grad_norm, optimizer
-    from jaxloss.parity.weights import load_torch, to_torch
+    from jaxloss.parity.weights import load_torch, to_torch, weight_map
 
-__all__ = ["Report", "assert_close", "check", "clip_grad_norm", "load_torch", "optimizer", "to_torch"]
+__all__ = ["Report", "assert_close", "check", "clip_grad_norm", "load_torch", "optimizer", "to_torch", "weight_map"]
 
 _HOMES = {
     "Report": "_report",
@@ -20,6 +20,7 @@ _HOMES = {
     "load_torch": "weights",
     "optimizer": "optimizers",
     "to_torch": "weights",
+    "weight_map": "weights",
 }
 
 

@@ -1,6 +1,6 @@
 """Whether a Flax port computes what its PyTorch original does, and the first place where it does not."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,8 @@ def check(
     flax_batch: Any = None,
     *,
     layouts: Mapping[str, Sequence[int]] | None = None,
+    names: Mapping[str, str] | None = None,
+    ignore: Collection[str] = (),
     losses: Losses | None = (F.cross_entropy, jaxloss.cross_entropy),
     optimizers: Optimizers | None = None,
     steps: int = 10,
@@ -59,6 +61,9 @@ def check(
         flax_batch: the inputs for the port. By default those of PyTorch, with 4-D ones transposed from NCHW to NHWC.
         layouts: shape in PyTorch, (channels, *spatial), of the feature maps that linear layers read as one axis, by
             the port's layer. Found by themselves where PyTorch flattens directly before the layer.
+        names: PyTorch's names of weights by the port's, where they would be paired otherwise: `report.weight_map` shows
+            how.
+        ignore: names of weights or buffers that the port does not need, like a causal mask; or patterns, "*.mask".
         losses: PyTorch's and JAX's, each called with outputs and targets. With None, outputs are multiplied by random
             numbers and summed.
         optimizers: one of PyTorch's over `torch_module.parameters()`, and its optax counterpart. By default
@@ -74,7 +79,7 @@ def check(
 
     Raises:
         TypeError: a module returns something other than one array.
-        ValueError: the batch is empty, or does not fit the port.
+        ValueError: the batch is empty, or does not fit the port; `names`, `ignore` or `layouts` has an unknown name.
 
     Examples:
         >>> import torch
@@ -94,7 +99,7 @@ def check(
     findings = Findings()
     with jax.enable_x64(True):
         progress("pairing layers")
-        subject = Subject(torch_module, flax_module, batch, train, seed, layouts or {})
+        subject = Subject(torch_module, flax_module, batch, train, seed, layouts or {}, names, ignore)
         exact = subject.exact
         findings.notes += batch.notes
         _unmatched(findings, subject)

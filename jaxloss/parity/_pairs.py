@@ -1,7 +1,8 @@
 """Which weight and which call of a port is which of its original, and how their arrays are laid out."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,10 +27,18 @@ class CallPair:
         return [layout.to_flax(array) for layout, array in zip(self.inputs, arrays, strict=True)]
 
 
-def pair_weights(ours: Shapes, theirs: Shapes, our_order: Sequence[str], their_order: Sequence[str]) -> dict[str, str]:
-    """Our names → theirs. Layers without a namesake are paired in the order in which they are called."""
-    our_layers, their_layers = _by_layer(ours, our_order), _by_layer(theirs, their_order)
-    pairs = {layer: layer for layer in our_layers if layer in their_layers}
+def pair_weights(
+    ours: Shapes,
+    theirs: Shapes,
+    our_order: Iterable[str] = (),
+    their_order: Iterable[str] = (),
+    given: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Our names → theirs: as given; layers by name; and the rest by shape, in the order of calls or of definition."""
+    known = dict(given or {})
+    our_layers = _by_layer({name: shape for name, shape in ours.items() if name not in known}, our_order)
+    their_layers = _by_layer({name: shape for name, shape in theirs.items() if name not in known.values()}, their_order)
+    pairs = {layer: layer for layer in _namesakes(our_layers, their_layers)}
     for signature in (_all_shapes, _weight_shape):
         rest = [layer for layer in their_layers if layer not in pairs.values()]
         for layer in [layer for layer in our_layers if layer not in pairs]:
@@ -38,12 +47,36 @@ def pair_weights(ours: Shapes, theirs: Shapes, our_order: Sequence[str], their_o
             if found is not None:
                 pairs[layer] = found
                 rest.remove(found)
-    return {
+    return known | {
         _join(layer, kind): _join(other, kind)
         for layer, other in pairs.items()
         for kind in our_layers[layer]
         if kind in their_layers[other]
     }
+
+
+def _namesakes(ours: Iterable[str], theirs: Iterable[str]) -> list[str]:
+    """Layers whose names mean the same in both: a number in a name does where both count alike there."""
+    mine, others = _numbers(ours), _numbers(theirs)
+
+    def counts_alike(layer: str) -> bool:
+        return all(mine[parent] == others[parent] for parent, _ in _numbered(layer))
+
+    return [layer for layer in ours if layer in theirs and counts_alike(layer)]
+
+
+def _numbers(layers: Iterable[str]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = defaultdict(set)
+    for layer in layers:
+        for parent, number in _numbered(layer):
+            found[parent].add(number)
+    return found
+
+
+def _numbered(layer: str) -> Iterator[tuple[str, str]]:
+    """Each number in a layer's name, after what it counts in."""
+    parts = layer.split(".")
+    return ((".".join(parts[:i]), part) for i, part in enumerate(parts) if part.isdigit())
 
 
 def _by_layer(shapes: Shapes, order: Iterable[str]) -> dict[str, dict[str, Shape]]:

@@ -18,6 +18,7 @@ from jaxloss.parity._pairs import Call, CallPair, activation_layout, pair_weight
 from jaxloss.parity._port import Arrays, Port
 from jaxloss.parity._programs import Programs, abstract_run
 from jaxloss.parity._tree_port import FunctionPort, LinenPort
+from jaxloss.parity.weights import Names, check_names, without
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
 
@@ -45,6 +46,8 @@ class Subject:
         train: bool,
         seed: int,
         feature_maps: Mapping[str, Sequence[int]],
+        names: Names | None,
+        ignore: Collection[str],
     ) -> None:
         """Runs both once, to see what they call; in float64."""
         self.torch_module, self.flax_module, self.batch = torch_module, flax_module, batch
@@ -52,7 +55,7 @@ class Subject:
         self.feature_maps: dict[str, Shape] = {name: tuple(shape) for name, shape in feature_maps.items()}
         self.pairs: list[CallPair] = []
         self.exact = self.view("float64")
-        self._pair(self.exact)
+        self._pair(self.exact, names, ignore)
         self._choose_values(self.exact)
 
     def view(self, dtype: str) -> View:
@@ -133,12 +136,18 @@ class Subject:
             if in_both and layer in (None, ours.rpartition(".")[0]):
                 yield ours, theirs
 
-    def _pair(self, view: View) -> None:
+    def _pair(self, view: View, names: Names | None, ignore: Collection[str]) -> None:
         recording, port = view.recording, view.port
         shapes, result, self.drops = abstract_run(port, self.batch, recording.masks)
-        state = {name: array.shape for name, array in view.state.items() if not name.endswith("num_batches_tracked")}
+        state = {
+            name: array.shape
+            for name, array in without(ignore, view.state).items()
+            if not name.endswith("num_batches_tracked")
+        }
         ours = {name: weight.layout.merged for name, weight in port.weights.items()}
-        self.weight_pairs = pair_weights(ours, state, [name for name, _ in shapes], [c.name for c in recording.calls])
+        check_names(names, ours, state)
+        order = [name for name, _ in shapes], [call.name for call in recording.calls]
+        self.weight_pairs = pair_weights(ours, state, *order, given=names)
         self.mismatched = [
             (mine, f"has shape {ours[mine]}, PyTorch's {state[theirs]}")
             for mine, theirs in self.weight_pairs.items()

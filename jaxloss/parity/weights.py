@@ -1,8 +1,10 @@
 """Weights between PyTorch's state_dict and Flax NNX modules, bit for bit both ways."""
 
+import fnmatch
+import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -11,21 +13,31 @@ import numpy as np
 from flax import nnx
 
 from jaxloss.parity._layout import Layout, Shape, permuted, same
+from jaxloss.parity._pairs import pair_weights
 from jaxloss.parity._state_dict import read_state_dict
 
 Module = TypeVar("Module", bound=nnx.Module)
 FeatureMaps = Mapping[str, Sequence[int]]
+Names = Mapping[str, str]  # PyTorch's by ours
+StateDict = Mapping[str, Any] | str | os.PathLike[str]
 
 
 def load_torch(
-    module: Module, state_dict: Mapping[str, Any] | str | os.PathLike[str], *, flatten: FeatureMaps | None = None
+    module: Module,
+    state_dict: StateDict,
+    *,
+    flatten: FeatureMaps | None = None,
+    names: Names | None = None,
+    ignore: Collection[str] = (),
 ) -> Module:
-    """Copies a PyTorch state_dict into a Flax NNX module, by name.
+    """Copies a PyTorch state_dict into a Flax NNX module.
 
-    A module's attributes must be named as PyTorch's: `self.layer1 = nnx.Sequential(nnx.Conv(...), ...)` receives
-    `layer1.0.weight`. The layers of Flax get PyTorch's names and layouts (Linear, LinearGeneral, Conv and
-    ConvTranspose of any dimension, Embed, PReLU, the norms with their running statistics); any other variable keeps
-    its own. Random state is left alone, and so is BatchNorm's `num_batches_tracked`, which Flax does not have.
+    Layers are paired by name: `self.layer1 = nnx.Sequential(nnx.Conv(...), ...)` receives `layer1.0.weight`. Those
+    without a namesake are paired by shape, in the order in which both frameworks define them, and these pairs are
+    printed: read them, and give `names` where they are wrong. The layers of Flax get PyTorch's layouts (Linear,
+    LinearGeneral, Conv and ConvTranspose of any dimension, Embed, PReLU, the norms with their running statistics); any
+    other variable keeps its own. Random state is left alone, and so is BatchNorm's `num_batches_tracked`, which Flax
+    does not have.
 
     Args:
         module: changed in place, or not at all if anything is wrong. May be abstract (`nnx.eval_shape`).
@@ -38,13 +50,16 @@ def load_torch(
             the Flax model transposes first, and a LinearGeneral over three or more axes: those are a feature map
             anyway. `{}` says that there is no such layer. The default, None, does so only for modules that show no
             sign of one: next to convolutions, a linear layer whose size is a multiple of their channels is refused.
+        names: PyTorch's names by the module's, for the weights that would be paired otherwise; `weight_map` returns
+            them all.
+        ignore: names in the state_dict that the module does not need, like a causal mask; or patterns, "*.mask".
 
     Returns:
         The same module. The weights are copies, with the state_dict's dtypes whatever the module's were. (An
         `nnx.Embed` still casts to the dtype it was built with.)
 
     Raises:
-        ValueError: names are missing, unexpected or misshapen (all are listed); a dtype needs `jax_enable_x64`; tied
+        ValueError: weights are missing, unexpected or misshapen (all are listed); a dtype needs `jax_enable_x64`; tied
             weights differ; `flatten` is needed or impossible; the file is of another kind, broken, or a pickle that
             could run code.
         TypeError: there are things other than arrays among the values (all are listed).
@@ -61,21 +76,63 @@ def load_torch(
     References:
         https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html#torch.nn.Module.load_state_dict
     """
-    arrays = read_state_dict(state_dict)
+    arrays = without(ignore, read_state_dict(state_dict))
     weights = weights_of(module, flatten)
-    _check_fit(type(module).__name__, weights, arrays)
+    pairs = _pairs(weights, arrays, names)
+    _check_fit(type(module).__name__, weights, arrays, pairs)
+    guessed = {ours: theirs for ours, theirs in pairs.items() if ours != theirs and ours not in (names or {})}
+    if guessed:
+        print(f"{type(module).__name__}: paired by shape and order (to change it: load_torch(..., names=...)):")
+        print("\n".join(f"  {ours} {arrays[theirs].shape} <- {theirs}" for ours, theirs in guessed.items()))
     for name, weight in weights.items():
         # Our own copy, because jnp.asarray may alias a NumPy array, and that one PyTorch's memory.
-        weight.variable.set_value(jnp.asarray(np.array(weight.layout.to_flax(arrays[name]), order="C")))
+        weight.variable.set_value(jnp.asarray(np.array(weight.layout.to_flax(arrays[pairs[name]]), order="C")))
     return module
 
 
-def to_torch(module: nnx.Module, *, flatten: FeatureMaps | None = None) -> dict[str, np.ndarray]:
+def weight_map(
+    module: nnx.Module,
+    state_dict: StateDict,
+    *,
+    flatten: FeatureMaps | None = None,
+    names: Names | None = None,
+    ignore: Collection[str] = (),
+) -> dict[str, str]:
+    """Returns what `load_torch` would copy where: PyTorch's names by the module's, as far as they can be paired.
+
+    Args:
+        module: see `load_torch`, also for the other arguments.
+        state_dict: only names and shapes are used.
+        flatten: does not change the pairs.
+        names: kept as they are.
+        ignore: left out.
+
+    Returns:
+        A dict that can be changed and given to `load_torch` and `to_torch` as `names`.
+
+    Raises:
+        ValueError: `names` has a name that the module or the state_dict does not have; `flatten` is needed.
+
+    Examples:
+        >>> import numpy as np
+        >>> from flax import nnx
+        >>> from jaxloss.parity import weight_map
+        >>> module = nnx.Sequential(nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0)))
+        >>> weight_map(module, {"head.weight": np.zeros((1, 2))})
+        {'0.weight': 'head.weight'}
+    """
+    return _pairs(weights_of(module, flatten), without(ignore, read_state_dict(state_dict)), names)
+
+
+def to_torch(
+    module: nnx.Module, *, flatten: FeatureMaps | None = None, names: Names | None = None
+) -> dict[str, np.ndarray]:
     """Returns the weights of a Flax NNX module as a PyTorch state_dict, in NumPy: the inverse of `load_torch`.
 
     Args:
         module: see `load_torch` for what its layers become.
         flatten: see `load_torch`.
+        names: PyTorch's names by the module's, where the two differ; see `weight_map`.
 
     Returns:
         Copies in PyTorch's layouts and the module's dtypes, by PyTorch's names. `safetensors.numpy.save_file` writes
@@ -93,7 +150,9 @@ def to_torch(module: nnx.Module, *, flatten: FeatureMaps | None = None) -> dict[
     """
     # Contiguous, because safetensors writes the wrong elements of an array that is not.
     return {
-        name: np.array(weight.layout.to_torch(np.asarray(weight.variable.get_value())), order="C")
+        (names or {}).get(name, name): np.array(
+            weight.layout.to_torch(np.asarray(weight.variable.get_value())), order="C"
+        )
         for name, weight in weights_of(module, flatten).items()
     }
 
@@ -244,22 +303,46 @@ def _check_feature_map(name: str, layer: Linear, feature_map: Shape, channels: s
         raise ValueError(f"flatten: {name}: {feature_map} seems to have the channels last; PyTorch has them first.")
 
 
-def _check_fit(module: str, weights: Weights, arrays: Mapping[str, np.ndarray]) -> None:
+def without(patterns: Collection[str], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A state_dict less what is to be ignored. A pattern that fits nothing is refused."""
+    ignored = {pattern: fnmatch.filter(arrays, pattern) for pattern in patterns}
+    if unused := [pattern for pattern, found in ignored.items() if not found]:
+        raise ValueError(f"ignore: the state_dict has no {', '.join(unused)}.")
+    gone = set(itertools.chain(*ignored.values()))
+    return {name: array for name, array in arrays.items() if name not in gone}
+
+
+def check_names(names: Names | None, ours: Collection[str], theirs: Collection[str]) -> None:
+    """Raises unless every name is one of ours and gives one of theirs."""
+    names = names or {}
+    unknown = [f"{name} in the module" for name in names if name not in ours]
+    unknown += [f"{name} in PyTorch" for name in names.values() if name not in theirs]
+    if unknown:
+        raise ValueError(f"names: there is no {', no '.join(unknown)}.")
+
+
+def _pairs(weights: Weights, arrays: Mapping[str, np.ndarray], names: Names | None) -> dict[str, str]:
+    check_names(names, weights, arrays)
+    ours = {name: weight.layout.merged for name, weight in weights.items()}
+    return pair_weights(ours, {name: array.shape for name, array in arrays.items()}, given=names)
+
+
+def _check_fit(module: str, weights: Weights, arrays: Mapping[str, np.ndarray], pairs: Names) -> None:
     """Raises one error that lists everything wrong."""
     shapes, dtypes, tied = [], [], []
     first_names: dict[int, str] = {}
-    for name in sorted(weights.keys() & arrays.keys()):
-        (variable, layout, *_), array = weights[name], arrays[name]
-        first = first_names.setdefault(id(variable), name)
+    for name, theirs in sorted(pairs.items()):
+        (variable, layout, *_), array = weights[name], arrays[theirs]
+        first = first_names.setdefault(id(variable), theirs)
         if array.shape != layout.merged:
-            shapes.append(f"{name} is {array.shape}, expected {layout.merged}")
+            shapes.append(f"{theirs} is {array.shape}, expected {layout.merged}")
         elif jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-            dtypes.append(f"{name} is {array.dtype}")
-        elif name != first and array.tobytes() != arrays[first].tobytes():
-            tied.append(f"{first} and {name}")
+            dtypes.append(f"{theirs} is {array.dtype}")
+        elif theirs != first and array.tobytes() != arrays[first].tobytes():
+            tied.append(f"{first} and {theirs}")
     faults = {
-        "missing": sorted(weights.keys() - arrays.keys()),
-        "unexpected": sorted(arrays.keys() - weights.keys()),
+        "missing": sorted(weights.keys() - pairs.keys()),
+        "unexpected": sorted(arrays.keys() - set(pairs.values())),
         "of another shape": shapes,
         "in need of jax_enable_x64": dtypes,
         "one variable in the module but different in the state_dict": tied,
