@@ -1,4 +1,4 @@
-"""Fixtures: eight fake CPU devices, beartype on private functions, strict promotion, hypothesis profiles."""
+"""Fixtures: eight fake CPU devices, beartype on private functions, strict promotion, profiles, compilation."""
 
 import os
 
@@ -17,6 +17,22 @@ install_import_hook("jaxloss", "beartype.beartype")  # public functions opt out 
 settings.register_profile("default", max_examples=500, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=5000, deadline=None)
 settings.load_profile("default")
+
+
+class Compilation:
+    """Has XLA compile quickly, in half the time, where a test asks what is computed and not how exactly."""
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        thorough = item.config.getoption("--hypothesis-profile") == "thorough"
+        shown = isinstance(item, pytest.DoctestItem) or item.get_closest_marker("rounding") is not None
+        quick = not thorough and not shown
+        if quick != jax.config.read("jax_disable_most_optimizations"):
+            jax.config.update("jax_disable_most_optimizations", quick)
+            jax.clear_caches()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Compilation())  # not a hook here: those do not see the doctests of jaxloss
 
 
 @pytest.fixture

@@ -89,42 +89,6 @@ def test_module_that_changes_its_input_is_compared_with_what_it_was_given():
     assert any("changes its input 0 in place" in note for note in report.notes)
 
 
-class TorchTied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.embed(tokens).mean(1))
-
-
-class FlaxTied(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.embed = nnx.Embed(7, 4, rngs=rngs)
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.embed.attend(self.embed(tokens).mean(1))
-
-
-def test_tied_weights_pass_and_lost_ties_do_not():
-    class Untied(FlaxTied):
-        def __init__(self, rngs: nnx.Rngs) -> None:
-            super().__init__(rngs)
-            self.head = nnx.Linear(4, 7, use_bias=False, rngs=rngs)
-
-        def __call__(self, tokens: jax.Array) -> jax.Array:
-            return self.head(self.embed(tokens).mean(1))
-
-    torch.manual_seed(0)
-    original, tokens = TorchTied(), torch.randint(7, (6, 3))
-    report = parity.check(original, FlaxTied(nnx.Rngs(0)), tokens, steps=2)
-    assert report.ok, str(report)
-    report = parity.check(original, Untied(nnx.Rngs(0)), tokens, steps=2)
-    assert report.first_divergence.place == "head"
-    assert "no counterpart in PyTorch" in report.first_divergence.problem
-
-
 def test_frozen_parameters_are_held_fixed():
     module, port = small()
     module.bias.requires_grad_(False)

@@ -106,6 +106,7 @@ def assert_no_worse_than_pytorch(layout: dict[str, Any], dtype: str) -> None:
         assert_errors_within_ratio(found)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @settings(max_examples=settings.default.max_examples // 80)
 @given(layouts())
@@ -113,6 +114,7 @@ def test_error_against_float64_is_no_worse_than_pytorchs(dtype, layout):
     assert_no_worse_than_pytorch(layout, dtype)
 
 
+@pytest.mark.rounding
 def test_bfloat16_inputs_accumulate_in_float32_within_and_across_slabs():
     layout = {"leading": (512,), "inner": (), "soft": False, "optional": ["linear_bias"], "budget": 1}
 

@@ -69,6 +69,7 @@ def test_a_wrong_temperature_fails_that_comparison(x64):
         assert_float64_close(ours(wrong, "float64")["entropy"], categorical(draw(), "float64")["entropy"])
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("scale", [1.0, 30.0], ids=["plain", "confident"])
 def test_float32_error_is_no_worse_than_that_of_categorical(scale):
     cases: dict[str, list] = {}

@@ -19,6 +19,8 @@ from parity_tests.gates import (
 )
 from parity_tests.losses import evaluate_jax, evaluate_torch, round_to
 
+pytestmark = pytest.mark.rounding
+
 CONFIDENT = np.array([[20.0, 0.0, 0.0]], np.float32)
 EXACT = np.log1p(2 * np.exp(-20.0))  # 4.1223e-9
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
 from jaxloss.parity import Report
-from parity_tests.zoo import CASES, pad, run
+from parity_tests.zoo import CASES, FlaxResidual, pad, run
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Fault:
     """What is done to a port, and what the report must say."""
 
     case: str
-    mutate: Callable[[Any], Any]
+    mutate: Callable[[Any, Any], Any]  # the port, and the original that it is a port of
     place: str
     says: str  # in the diagnosis
     kind: str | None = None
@@ -36,10 +36,10 @@ class Fault:
     optimizers: Callable[[Any], Any] | None = None
 
 
-def set_on(path: str, **attributes: Any) -> Callable[[Any], None]:
+def set_on(path: str, **attributes: Any) -> Callable[[Any, Any], None]:
     """Sets attributes of a layer."""
 
-    def mutate(port: Any) -> None:
+    def mutate(port: Any, original: Any) -> None:
         layer = get(port, path)
         for name, value in attributes.items():
             setattr(layer, name, value)
@@ -47,10 +47,10 @@ def set_on(path: str, **attributes: Any) -> Callable[[Any], None]:
     return mutate
 
 
-def change(path: str, function: Callable[[Any], Any]) -> Callable[[Any], None]:
+def change(path: str, function: Callable[[Any], Any]) -> Callable[[Any, Any], None]:
     """Changes a weight."""
 
-    def mutate(port: Any) -> None:
+    def mutate(port: Any, original: Any) -> None:
         variable = get(port, path)
         variable.set_value(jnp.asarray(function(variable[...])))
 
@@ -63,8 +63,8 @@ def get(port: Any, path: str) -> Any:
     return port
 
 
-def swap(first: str, second: str) -> Callable[[Any], None]:
-    def mutate(port: Any) -> None:
+def swap(first: str, second: str) -> Callable[[Any, Any], None]:
+    def mutate(port: Any, original: Any) -> None:
         a, b = (nnx.state(get(port, path)) for path in (first, second))
         nnx.update(get(port, first), jax.tree.map(jnp.copy, b))
         nnx.update(get(port, second), jax.tree.map(jnp.copy, a))
@@ -72,21 +72,21 @@ def swap(first: str, second: str) -> Callable[[Any], None]:
     return mutate
 
 
-def calls(**methods: Callable[..., Any]) -> Callable[[Any], Any]:
+def calls(**methods: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     """A port of a subclass with other methods."""
 
-    def mutate(port: Any) -> Any:
+    def mutate(port: Any, original: Any) -> Any:
         port.__class__ = type(type(port).__name__, (type(port),), methods)
         return port
 
     return mutate
 
 
-def nothing(port: Any) -> None:
+def nothing(port: Any, original: Any) -> None:
     """The fault is in the options."""
 
 
-def same_padding_stem(port: Any) -> None:
+def same_padding_stem(port: Any, original: Any) -> None:
     port.stem.padding = "SAME"
 
 
@@ -94,32 +94,47 @@ def unpermute(kernel: Any) -> Any:
     return jnp.moveaxis(kernel, 2, 0).reshape(kernel.shape)
 
 
-def after(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def mutate(port: Any) -> Any:
+def after(function: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    def mutate(port: Any, original: Any) -> Any:
         kind = type(port)
-        return calls(__call__=lambda self, x: function(kind.__call__(self, x)))(port)
+        return calls(__call__=lambda self, x: function(kind.__call__(self, x)))(port, original)
 
     return mutate
 
 
-def without_log_softmax(port: Any) -> Any:
+def without_log_softmax(port: Any, original: Any) -> Any:
     def call(self: Any, images: Any) -> Any:
         x = nnx.relu(pool(self.conv1(images)))
         x = nnx.relu(pool(self.conv2_drop(self.conv2(x))))
         return self.fc2(self.dropout(nnx.relu(self.fc1(x))))
 
-    return calls(__call__=call)(port)
+    return calls(__call__=call)(port, original)
 
 
 def pool(x: Any) -> Any:
     return nnx.max_pool(x, (2, 2), (2, 2))
 
 
+def share(port: Any, original: Any) -> None:
+    port.fc.bias.set_value(jnp.from_dlpack(original.fc.bias.detach()))
+
+
+def lose_the_tie(port: Any, original: Any) -> None:
+    port.head = nnx.data(nnx.Linear(4, 7, use_bias=False, rngs=nnx.Rngs(0)))
+    port.head.kernel.set_value(jnp.array(original.head.weight.detach().T))
+
+
+def attend_with_jax(self: Any, x: Any) -> Any:
+    batch, length, width = x.shape
+    q, k, v = (f(x).reshape(batch, length, 2, width // 2) for f in (self.query, self.key, self.value))
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(batch, length, width)
+
+
 def loss_with(ours: Callable[..., Any], theirs: Callable[..., Any] = F.cross_entropy) -> dict[str, Any]:
     return {"losses": (theirs, ours)}
 
 
-def eval_for_ever(port: Any) -> None:
+def eval_for_ever(port: Any, original: Any) -> None:
     port.conv2_drop.rate = port.dropout.rate = 0.0
 
 
@@ -162,7 +177,7 @@ FAULTS = {
     "flatten order of the weights": Fault(
         "cnn", change("fc.kernel", unpermute), "fc", "(channels, height, width)", "layout"
     ),
-    "swapped layers of equal shapes": Fault("residual", swap("conv1", "conv2"), "conv1", "holds the weights of conv2"),
+    "swapped layers of equal shapes": Fault("residual", swap("conv1", "conv2"), "conv1", "holds PyTorch's conv2"),
     "bias never copied": Fault("residual", change("conv1.bias", jnp.zeros_like), "conv1", "still the initial 0"),
     "bias missing": Fault(
         "residual", set_on("conv1", bias=None, use_bias=False), "conv1", "no counterpart in the port"
@@ -175,6 +190,24 @@ FAULTS = {
     "layer norm epsilon": Fault("transformer", set_on("norm2", epsilon=1e-6), "norm2", "epsilon is 1e-06"),
     "bfloat16 layer": Fault("transformer", set_on("up", dtype=jnp.bfloat16), "up", "computes in bfloat16", "precision"),
     "float16 layer": Fault("cnn", set_on("fc", dtype=jnp.float16), "fc", "computes in float16", "precision"),
+    "aliased weights": Fault("flat", share, "fc", "shares PyTorch's memory"),
+    "tie lost": Fault("tied", lose_the_tie, "head", "PyTorch ties it to embed.weight"),
+    "kernel not flipped": Fault(
+        "upsample", change("up.kernel", lambda k: k[::-1, ::-1]), "up", "flipped along (0, 1)", "layout"
+    ),
+    "sum in bfloat16": Fault(
+        "residual",
+        calls(pool=lambda self, x: FlaxResidual.pool(self, x).astype(jnp.bfloat16)),
+        "between bn2 and fc",
+        "computes in bfloat16",
+        "precision",
+    ),
+    "float32 inside a function": Fault(
+        "transformer", calls(attend=attend_with_jax), "between value and proj", "computes in float32", "precision"
+    ),
+    "gradient at ties": Fault(
+        "tied", calls(pool=lambda self, x: x.max(1)), "between embed and the output", "derivative", "localised"
+    ),
     "GELU approximation": Fault("transformer", set_on("", approximate=True), "between up and down", "approximate=True"),
     "attention not scaled": Fault("transformer", set_on("", scale=1.0), "between value and proj", "division by 2"),
     "attention sees the future": Fault(
@@ -223,7 +256,7 @@ FAULTS = {
     ),
     "biased running variance": Fault(
         "residual",
-        lambda port: setattr(port.bn2, "__class__", nnx.BatchNorm),
+        lambda port, original: setattr(port.bn2, "__class__", nnx.BatchNorm),
         "bn2",
         "by n, PyTorch by n - 1",
         options=TRAIN,
@@ -270,6 +303,19 @@ FAULTS = {
     ),
     "dampening": optimizer(
         torch.optim.SGD, optax.sgd(0.1, momentum=0.9), "dampening is 0.0", step=2, lr=0.1, momentum=0.9, dampening=0.5
+    ),
+    "RMSprop's epsilon inside the root": optimizer(
+        torch.optim.RMSprop, optax.rmsprop(1e-2, decay=0.99, eps_in_sqrt=True), "inside the root"
+    ),
+    "Adagrad's initial accumulator": optimizer(
+        torch.optim.Adagrad, optax.adagrad(1e-2, eps=1e-10), "initial_accumulator_value is 0.1"
+    ),
+    "learning rate": optimizer(torch.optim.SGD, optax.sgd(0.07), "times 0.7", lr=0.1),
+    "schedule one step early": optimizer(
+        torch.optim.SGD, optax.sgd(lambda count: 0.1 * 0.5 ** (count // 2)), "times 0.5", step=3, lr=0.1
+    ),
+    "gradients clipped": optimizer(
+        torch.optim.Adam, optax.chain(optax.clip_by_global_norm(1e-2), optax.adam(1e-3)), "gradients"
     ),
     "RMSprop decay": optimizer(
         torch.optim.RMSprop, optax.rmsprop(1e-2, decay=0.9, eps_in_sqrt=False), "alpha is 0.9, PyTorch's 0.99"

@@ -159,6 +159,55 @@ class FlaxFlat(nnx.Module):
         return self.fc(nnx.relu(self.conv(x)).reshape(len(x), -1))
 
 
+class TorchTied(nn.Module):
+    """A classifier of sets of tokens whose head is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(tokens).max(1).values)
+
+
+class FlaxTied(nnx.Module):
+    """`TorchTied`, ported."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.embed, self.head = nnx.Embed(7, 4, rngs=rngs), None
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.pool(self.embed(tokens))
+        return self.embed.attend(x) if self.head is None else self.head(x)
+
+    def pool(self, x: jax.Array) -> jax.Array:
+        """The maximum, whose gradient goes to the first of equals as in PyTorch."""
+        return jnp.take_along_axis(x, x.argmax(1, keepdims=True), 1)[:, 0]
+
+
+class TorchUpsample(nn.Module):
+    """A transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.fc = nn.ConvTranspose2d(2, 3, 3, stride=2), nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(F.relu(self.up(x)).mean((2, 3)))
+
+
+class FlaxUpsample(nnx.Module):
+    """`TorchUpsample`, ported."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.up = nnx.ConvTranspose(2, 3, (3, 3), (2, 2), padding="VALID", rngs=rngs)
+        self.fc = nnx.Linear(3, 5, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc(nnx.relu(self.up(x)).mean((1, 2)))
+
+
 @dataclass
 class Case:
     """A network in both frameworks, and how it is trained."""
@@ -168,6 +217,7 @@ class Case:
     batch: Callable[[], Any]
     losses: Any = (F.cross_entropy, jaxloss.cross_entropy)
     flatten: dict[str, tuple[int, ...]] | None = None
+    ignore: tuple[str, ...] = ()
 
 
 def images(channels: int, size: int) -> Callable[[], torch.Tensor]:
@@ -188,6 +238,8 @@ CASES = {
     "net": Case(torch_models.Net, models.Net, images(1, 28), (F.nll_loss, jaxloss.nll_loss)),
     "residual": Case(TorchResidual, FlaxResidual, images(3, 12)),
     "flat": Case(TorchFlat, FlaxFlat, lambda: torch.randn(6, 1, 7, 5), flatten={"fc": (4, 5, 3)}),
+    "tied": Case(TorchTied, FlaxTied, lambda: torch.randint(7, (6, 5)), ignore=("head.weight",)),
+    "upsample": Case(TorchUpsample, FlaxUpsample, images(2, 4)),
     "transformer": Case(TorchTransformer, FlaxTransformer, lambda: torch.randint(11, (6, 7))),
 }
 
@@ -195,16 +247,16 @@ CASES = {
 def run(
     case: Case,
     seed: int = 0,
-    fault: Callable[[Any], Any] | None = None,
+    fault: Callable[[Any, Any], Any] | None = None,
     optimizers: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> Report:
     """Checks a port, with a fault in it if there is one."""
     torch.manual_seed(seed)
     original = randomise(case.original())
-    port = load_torch(case.port(nnx.Rngs(0)), original.state_dict(), flatten=case.flatten or {})
+    port = load_torch(case.port(nnx.Rngs(0)), original.state_dict(), flatten=case.flatten or {}, ignore=case.ignore)
     if fault is not None:
-        port = fault(port) or port
+        port = fault(port, original) or port
     pair = optimizers(original) if optimizers else None
     return check(original, port, case.batch(), **{"losses": case.losses, "optimizers": pair} | options)
 

@@ -17,7 +17,7 @@ from jaxloss.parity._findings import Findings
 from jaxloss.parity._original import Recording
 from jaxloss.parity._programs import CutRun, FreeRun
 from jaxloss.parity._report import Report
-from jaxloss.parity._steps import Optimizers, compare_steps
+from jaxloss.parity._steps import Optimizers, compare_steps, tell_steps
 from jaxloss.parity._subject import Subject, View
 
 
@@ -104,20 +104,24 @@ def check(
         findings.notes += batch.notes
         _unmatched(findings, subject)
         progress("layers and edges in float64")
-        cut = exact.programs.cut(subject.values, exact.recording)
+        cut = exact.programs.cut(subject.values(), exact.recording)
         _compare_pieces(findings, subject, exact, cut)
         _compare_statistics(findings, subject, exact, cut)
+        del cut  # of a large network, nothing is kept that is not needed
         progress("the whole network in float64")
-        free = exact.programs.free(subject.values, exact.recording.masks)
-        _compare_whole(findings, subject, exact, free)
+        _compare_whole(findings, subject, exact, exact.programs.free(subject.values(), exact.recording.masks))
         progress("optimizer steps")
-        compare_steps(findings, subject, exact, optimizers, steps)
+        exact_steps = compare_steps(findings, subject, optimizers, steps)
         progress("looking for the reason")
         diagnose(subject, findings.failures, optimizers[0] if optimizers else None)
     for dtype in dtypes:
         if dtype != "float64":
             progress(f"layers and edges in {dtype}")
-            _compare_rounding(findings, subject, dtype)
+            with jax.enable_x64(False):
+                rough = subject.view(dtype)
+            _compare_rounding(findings, subject, rough, dtype)
+            progress(f"optimizer steps in {dtype}")
+            tell_steps(findings, subject, rough, optimizers, exact_steps)
     return Report(
         findings.all, findings.notes, subject.weight_pairs, findings.noise, findings.controls, not subject.copied
     )
@@ -133,7 +137,7 @@ def _unmatched(findings: Findings, subject: Subject) -> None:
     if subject.uncompared:
         names = ", ".join(subject.uncompared)
         findings.notes.append(f"No call of PyTorch's fits {names}: compared only within the edges around.")
-    problems = [(name, "has no counterpart in PyTorch") for name in subject.unmatched_ours]
+    problems = [(name, subject.lacks_counterpart(name)) for name in subject.unmatched_ours]
     problems += [(name, "has no counterpart in the port") for name in subject.unmatched_theirs]
     problems += subject.mismatched
     aliased = "shares PyTorch's memory: an in-place optimizer changes it; copy with load_torch or jnp.array"
@@ -151,8 +155,8 @@ def _compare_weights(findings: Findings, subject: Subject, layer: str) -> None:
         name, _, kind = ours.rpartition(".")
         if name == layer and not subject.copied:
             expected = subject.exact.port.weights[ours].layout.to_flax(subject.exact.state[theirs])
-            place, ours_value = subject.place_of(layer), subject.values[ours]
-            findings.add(place, kind, ours_value, expected, tolerance=0.0, may_be_constant=True)
+            place = subject.place_of(layer)
+            findings.add(place, kind, subject.value(ours), expected, tolerance=0.0, may_be_constant=True)
 
 
 class Piece(NamedTuple):
@@ -255,21 +259,18 @@ def _compare_whole(findings: Findings, subject: Subject, view: View, free: FreeR
             findings.add(place, what, ours, layout.to_flax(theirs), floor=floor, may_be_zero=True)
 
 
-def _compare_rounding(findings: Findings, subject: Subject, dtype: str) -> None:
+def _compare_rounding(findings: Findings, subject: Subject, rough: View, dtype: str) -> None:
     """Layers and edges in another dtype, judged by their error against float64 on the same rounded inputs.
 
     The network's error from end to end is only told, beside PyTorch's: one relu that rounding switches makes it
     unbounded for a right port.
     """
     exact = subject.exact
+    values = subject.rounded(rough)
     with jax.enable_x64(False):
-        rough = subject.view(dtype)
-        values = {name: rough.port.cast(value) for name, value in subject.values.items()}
         cut = rough.programs.cut(values, rough.recording)
-        free = rough.programs.free(values, rough.recording.masks)
     with jax.enable_x64(True):
-        rounded = {name: exact.port.cast(value) for name, value in values.items()}
-        oracle = exact.programs.cut(rounded, rough.recording)
+        oracle = exact.programs.cut({n: exact.port.cast(value) for n, value in values.items()}, rough.recording)
     negligible = {(finding.place, finding.quantity) for finding in findings.all if finding.negligible}
     small: list[Rounding] = []
     for piece, truth in zip(
@@ -286,6 +287,9 @@ def _compare_rounding(findings: Findings, subject: Subject, dtype: str) -> None:
             findings.add_rounding(piece.place, piece.quantity, dtype, rounding)
     if small:
         findings.add_rounding("tensors of fewer than 1000 elements", "all together", dtype, Rounding.pooled(small))
+    del cut, oracle
+    with jax.enable_x64(False):
+        free = rough.programs.free(values, rough.recording.masks)
     theirs, true = subject.output_to_flax(rough.recording.outputs), subject.output_to_flax(exact.recording.outputs)
     findings.noise[f"output ({dtype})"] = relative(free.result, true), relative(theirs, true)
     for ours, name in subject.parameter_pairs():

@@ -2,27 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from jaxloss.parity._changes import insertions
 from jaxloss.parity._faults import FLOAT32_INSIDE, classify, matches
-from jaxloss.parity._findings import Failure, Finding
+from jaxloss.parity._findings import Explanation, Failure, Finding
 from jaxloss.parity._layout import Layout, channels_last, permuted
 from jaxloss.parity._original import Functions, LayerCall
 from jaxloss.parity._pairs import CallPair
 from jaxloss.parity._state_dict import to_numpy
+from jaxloss.parity._step_diagnosis import explain_step
 from jaxloss.parity._subject import Subject
-
-
-class Explanation(NamedTuple):
-    """A sentence and its remedy."""
-
-    meaning: str
-    fix: str = ""
-    kind: str = ""  # if the class seen from the numbers alone was a guess
 
 
 def diagnose(subject: Subject, failures: Sequence[Failure], optimizer: torch.optim.Optimizer | None) -> None:
@@ -32,7 +24,7 @@ def diagnose(subject: Subject, failures: Sequence[Failure], optimizer: torch.opt
         failure.finding.kind, failure.finding.diagnosis = fault.kind, fault.seen
     if failures:
         first = failures[0]
-        explain = _of_step(subject, failures, optimizer) if _is_step(first) else _explanations(subject, first)
+        explain = explain_step(subject, failures, optimizer) if _is_step(first) else _explanations(subject, first)
         try:
             explanation = next(explain, None)
         except Exception as error:  # a stranger's module in a state it was not made for; the verdict stands
@@ -101,7 +93,7 @@ def _of_weight(subject: Subject, failure: Failure) -> Iterator[Explanation]:
             and theirs.shape == layout.merged
             and np.array_equal(layout.to_torch(ours), theirs)
         ):
-            yield Explanation(f"it holds the weights of {other}", f"copy {subject.weight_pairs[name]} here")
+            yield Explanation(f"it holds PyTorch's {other}", f"copy {subject.weight_pairs[name]} here")
     initial = {"running_mean": 0.0, "running_var": 1.0, "bias": 0.0}
     if (value := initial.get(finding.quantity)) is not None and (ours == value).all():
         yield Explanation(f"the port's {finding.quantity} is still the initial {value:g}: it was never copied", fix)
@@ -272,49 +264,3 @@ def _of_statistic(subject: Subject, failure: Failure) -> Iterator[Explanation]:
                 fixes = [f"multiply the running variance's update by n / (n - 1) = {n / (n - 1):.6g}"] if first else []
                 fixes += [f"pass momentum={1 - momentum:g} to nnx.BatchNorm"] if second else []
                 yield Explanation("batch norm " + " and ".join(filter(None, (first, second))), "; ".join(fixes))
-
-
-def _of_step(
-    subject: Subject, failures: Sequence[Failure], given: torch.optim.Optimizer | None
-) -> Iterator[Explanation]:
-    """An option of the optimizer with which PyTorch takes the port's steps."""
-    place = failures[0].finding.place
-    weights = (f for f in failures if f.finding.place == place and " of " not in f.finding.quantity)
-    failure = next(weights, failures[0])
-    kind, _, ours = failure.finding.quantity.rpartition(" of ")
-    theirs, layout = subject.weight_pairs[ours], subject.exact.port.weights[ours].layout
-
-    def train(options: dict[str, Any]) -> np.ndarray:
-        original, optimizer = subject.trainee(given)
-        for group in optimizer.param_groups:
-            group.update(options)
-        for step in range(1, int(place.split()[1]) + 1):
-            subject.backward(original, step)
-            optimizer.step()
-        tensor = dict(original.module.named_parameters())[theirs]
-        return layout.to_flax(to_numpy(optimizer.state[tensor][kind] if kind else tensor))
-
-    group = subject.trainee(given)[1].param_groups[0]
-    for name, values in _OPTIONS.items():
-        for value in values:
-            if name in group and group[name] != value and matches(failure.ours, train({name: value})):
-                fix = f"pass {group[name]}, or use parity.optimizer"
-                yield Explanation(f"the port's {name} is {value}, PyTorch's {group[name]}", fix)
-
-
-_OPTIONS = {
-    "decoupled_weight_decay": (True, False),
-    "weight_decay": (0.0, 1e-4, 1e-2),
-    "eps": (1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-3),
-    "nesterov": (False, True),
-    "dampening": (0.0,),
-    "momentum": (0.0, 0.9),
-    "amsgrad": (False, True),
-    "maximize": (False, True),
-    "centered": (False, True),
-    "alpha": (0.9, 0.99),
-    "rho": (0.9, 0.95),
-    "lr_decay": (0.0,),
-    "lr": (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
-    "betas": ((0.9, 0.999), (0.9, 0.99), (0.9, 0.95)),
-}

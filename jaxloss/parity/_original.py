@@ -25,7 +25,7 @@ class LayerCall:
 
     name: str
     index: int
-    layer: nn.Module
+    kind: type[nn.Module]
     inputs: list[np.ndarray]
     output: np.ndarray
     input_gradients: list[np.ndarray | None] = field(default_factory=list)
@@ -70,6 +70,33 @@ def _floor(gradients: Iterable[np.ndarray]) -> float:
     return 1e-14 * max((float(np.linalg.norm(gradient)) for gradient in gradients), default=0.0)
 
 
+class State(Mapping[str, np.ndarray]):
+    """Parameters and buffers of a module's state_dict, shared ones by their first name alone; copied when asked for."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        """Copies nothing."""
+        first = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+        self._tensors = {name: tensor for name, tensor in module.state_dict().items() if name in first}
+        self._dtype = dtype
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """In the dtype of the state, if it is floating."""
+        tensor = self._tensors[name]
+        return to_numpy(tensor.to(self._dtype) if tensor.is_floating_point() else tensor)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self._tensors)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By name."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+
 class Original:
     """A copy of a PyTorch module, in a dtype and a mode of its own."""
 
@@ -83,11 +110,6 @@ class Original:
             self.optimizer = _fresh(self.optimizer)
         self.dtype = dtype
         self.layers = {name: layer for name, layer in self.module.named_modules() if _is_layer(layer)}
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Parameters and buffers of the state_dict, shared ones by their first name alone."""
-        first = {name for name, _ in (*self.module.named_parameters(), *self.module.named_buffers())}
-        return {name: to_numpy(tensor) for name, tensor in self.module.state_dict().items() if name in first}
 
     def cast(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Copies, the floating ones in the module's dtype."""
@@ -147,7 +169,8 @@ class Original:
             name = names[id(layer)]
             index = counts[name] = counts.get(name, -1) + 1
             tensors = [arg for arg in args if isinstance(arg, Tensor)]
-            call = LayerCall(name, index, layer, list(map(to_numpy, tensors)), np.empty(0), [None] * len(tensors))
+            arrays = list(map(to_numpy, tensors))
+            call = LayerCall(name, index, type(layer), arrays, np.empty(0), [None] * len(tensors))
             functions.enter(call.key, tensors)
             calls.append(call)
             # Aliases, so that their gradients are what comes back through this layer alone.
@@ -159,7 +182,7 @@ class Original:
             return tuple(next(rest) if isinstance(arg, Tensor) else arg for arg in args)
 
         def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            call = next(call for call in reversed(calls) if call.layer is layer)
+            call = next(call for call in reversed(calls) if call.name == names[id(layer)])
             functions.leave()
             if not isinstance(output, Tensor):
                 calls.remove(call)  # not something to be cut out: its arithmetic belongs to the edges
@@ -212,6 +235,7 @@ class Drop(NamedTuple):
     window: int  # how many layers were called before
     rate: float
     whole_channels: bool
+    feature_map: tuple[int, ...] | None  # (channels, *spatial), if one was flattened before
 
 
 class Functions(TorchFunctionMode):
@@ -282,7 +306,8 @@ class Functions(TorchFunctionMode):
         shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if _WHOLE_CHANNELS[func] else tuple(x.shape)
         kept = np.random.default_rng((self._seed, len(self.masks))).random(shape) >= p
         self.masks.append(kept)
-        self.drops.append(Drop(self._window, p, _WHOLE_CHANNELS[func]))
+        flat = self._feature_map if x.ndim == 2 and x.shape[1] == math.prod(self._feature_map or ()) else None
+        self.drops.append(Drop(self._window, p, _WHOLE_CHANNELS[func], flat))
         result = torch.where(torch.from_numpy(kept), x / (1 - p) if p < 1 else x, torch.zeros((), dtype=x.dtype))
         if (chosen := self._watch(dropped, (result, x, p), {})) is not None:
             result = chosen.result()

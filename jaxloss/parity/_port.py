@@ -1,5 +1,6 @@
 """A Flax NNX module opened up: run with any weights, every layer's call handed to a hook."""
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -201,6 +202,11 @@ def _inside(name: str, parent: str) -> bool:
 
 def _fit_mask(mask: Any, shape: tuple[int, ...], broadcast: tuple[int, ...]) -> Any:
     """The original's mask in the port's layout, made as coarse or as fine as the port's dropout would draw it."""
+    if mask.ndim != len(shape):  # one drops before it flattens, the other after
+        moved = jnp.moveaxis(mask, 1, -1) if mask.ndim > 2 else mask
+        if mask.size != math.prod(shape):
+            return jax.random.bernoulli(jax.random.key(0), 0.5, shape)
+        return moved.reshape(shape)
     if mask.ndim > 2:
         moved = jnp.moveaxis(mask, 1, -1)
         first, second = (moved, mask) if mask.ndim > 3 else (mask, moved)  # sequences are laid out alike in both

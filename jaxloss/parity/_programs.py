@@ -49,8 +49,9 @@ class Programs:
 
     def reset(self) -> None:
         """Forgets what was compiled, because a layout has changed."""
-        self._cut = jax.jit(jax.value_and_grad(self._cut_total, argnums=(0, 1, 2, 3), has_aux=True, allow_int=True))
-        self._free = jax.jit(jax.value_and_grad(self._free_loss, argnums=(0, 1), has_aux=True, allow_int=True))
+        cut = jax.value_and_grad(self._cut_total, argnums=(0, 1, 2, 3), has_aux=True, allow_int=True)
+        free = jax.value_and_grad(self._free_loss, argnums=(0, 1), has_aux=True, allow_int=True)
+        self._cut, self._free = (jax.jit(run, compiler_options=_options(self.port.dtype)) for run in (cut, free))
 
     def split(self, values: Arrays) -> tuple[Arrays, Arrays]:
         """Parameters and statistics."""
@@ -139,6 +140,11 @@ def abstract_run(port: Port, batch: Batch, masks: Sequence[np.ndarray]) -> Shape
     if not isinstance(result, jax.ShapeDtypeStruct):
         raise TypeError(f"check: the port returned a {type(result).__name__}, expected one array.")
     return shapes._replace(result=result.shape)
+
+
+def _options(dtype: jax.typing.DTypeLike) -> dict[str, Any] | None:
+    """In float64 a program runs a few times and its rounding is not judged: compiling it is what takes time."""
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" and dtype == jnp.float64 else None
 
 
 def _arrays(masks: Sequence[np.ndarray]) -> list[jax.Array]:

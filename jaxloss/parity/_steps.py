@@ -1,21 +1,27 @@
-"""Training steps of both frameworks side by side."""
+"""Training steps: first all of PyTorch's, then all of the port's, so that memory holds one of them."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
 
+from jaxloss.parity._compare import relative
 from jaxloss.parity._findings import Findings
 from jaxloss.parity._port import Arrays
 from jaxloss.parity._state_dict import to_numpy
 from jaxloss.parity._subject import Subject, View
 
 Optimizers = tuple[torch.optim.Optimizer, optax.GradientTransformation]
+Sketches = dict[str, dict[str, np.ndarray]]  # after a step: what is kept ("": parameters) → the port's name → sketch
 
-TOLERANCE = 1e-10
+# How far a right port may be after a step; or, where rounding grows beyond that (Adam takes full steps where gradients
+# are next to nothing), how many times as far as PyTorch is from itself when its weights are moved by a rounding unit.
+TOLERANCE, NOISE = 1e-10, 10.0
 # Where optax keeps what PyTorch calls otherwise.
 _BUFFERS = {
     "mu": ("exp_avg", "grad_avg"),
@@ -26,71 +32,160 @@ _BUFFERS = {
     "e_g": ("square_avg",),
     "e_x": ("acc_delta",),
 }
+_ROWS, _COLUMNS = 8, 512
 
 
-def compare_steps(findings: Findings, subject: Subject, view: View, optimizers: Optimizers | None, steps: int) -> None:
+class Trajectory(NamedTuple):
+    """Steps of an optimizer."""
+
+    sketches: list[Sketches]
+    masks: list[list[np.ndarray]]  # what dropout kept in each step
+
+
+def sketch(array: np.ndarray) -> np.ndarray:
+    """A small linear image of a large array, a small array itself: what is kept of an array to compare it later.
+
+    Eight sums, with normal factors, over the rows of 512 elements. The norm of a difference of images is that of the
+    arrays but for a factor near 1, whatever the arrays; that both are equal where the arrays differ has probability 0.
+    """
+    if array.size <= _ROWS * _COLUMNS:
+        return np.array(array)
+    padded = np.zeros((-(-array.size // _COLUMNS), _COLUMNS))
+    padded.ravel()[: array.size] = array.ravel()
+    factors = np.random.default_rng(0).normal(size=(_ROWS, len(padded)))
+    return factors @ padded / np.sqrt(_ROWS)
+
+
+def compare_steps(findings: Findings, subject: Subject, optimizers: Optimizers | None, steps: int) -> Trajectory | None:
     """Takes the steps in both frameworks, and compares the parameters and the optimizer's state after each."""
+    view = subject.exact
     if not steps or not view.port.parameters or not view.recording.parameter_gradients:
-        return
-    theirs, optax_optimizer = optimizers or (None, optax.adam(1e-3))
-    original, torch_optimizer = subject.trainee(theirs)
-    parameters, statistics = view.programs.split(subject.values)
-    state, update = optax_optimizer.init(parameters), jax.jit(optax_optimizer.update)
+        return None
     names = {theirs: ours for ours, theirs in subject.parameter_pairs()}
-    trained = set(names.values())
-    if frozen := ", ".join(sorted(parameters.keys() - trained)):
+    if frozen := ", ".join(sorted(set(view.port.parameters) - set(names.values()))):
         findings.notes.append(f"PyTorch does not train {frozen}: held fixed in the port's steps too.")
     gradients, floor = view.recording.parameter_gradients, view.recording.gradient_floor
-    moving = {name for name in names if np.linalg.norm(gradients[name]) > 100 * floor}
-    if len(moving) < len(names):
-        still = ", ".join(sorted(names.keys() - moving))
+    # Adam makes steps of full length from gradients that are rounding alone.
+    moving = {theirs: ours for theirs, ours in names.items() if np.linalg.norm(gradients[theirs]) > 100 * floor}
+    if still := ", ".join(sorted(names.keys() - moving.keys())):
         findings.notes.append(f"The steps of {still} are not judged: their gradients are zero but for rounding.")
-    for step in range(1, steps + 1):
-        masks = subject.backward(original, step)
-        torch_optimizer.step()
-        run = view.programs.free({**parameters, **statistics}, masks)
-        updates, state = update(run.parameter_gradients, state, parameters)
-        parameters = {name: value + updates[name] if name in trained else value for name, value in parameters.items()}
-        statistics = run.statistics
-        # Adam makes steps of full length from gradients that are rounding alone.
-        tensors = {names[name]: t for name, t in original.module.named_parameters() if name in moving}
-        for kind, mine, expected in _paired_buffers(_buffers(state, parameters), torch_optimizer, tensors):
-            layouts = {ours: view.port.weights[ours].layout for ours in expected}
-            floor = 1e-14 * max(float(np.linalg.norm(array)) for array in expected.values())
-            for ours, array in expected.items():
-                findings.add(
-                    f"step {step}",
-                    f"{kind} of {ours}",
-                    mine[ours],
-                    layouts[ours].to_flax(array),
-                    tolerance=TOLERANCE,
-                    floor=floor,
-                    may_be_constant=True,
-                    may_be_zero=True,
-                )
-        for ours, tensor in tensors.items():
-            expected = view.port.weights[ours].layout.to_flax(to_numpy(tensor))
-            findings.add(f"step {step}", ours, parameters[ours], expected, tolerance=TOLERANCE, may_be_constant=True)
+    theirs, ours = optimizers or (None, optax.adam(1e-3))
+    expected = torch_steps(subject, "float64", theirs, steps, moving)
+    kind = type(theirs) if theirs is not None else torch.optim.Adam
+    mine = list(flax_steps(view, subject.values(), ours, expected.masks, set(names.values())))
+
+    @cache
+    def nudged() -> list[Sketches]:
+        return torch_steps(subject, "float64", theirs, steps, moving, nudge=True).sketches
+
+    for step, found in enumerate(mine):
+        for quantity, arrays in expected.sketches[step].items():
+            counterparts = _counterpart(quantity, found, kind)
+            floor = 1e-14 * max((float(np.linalg.norm(array)) for array in arrays.values()), default=0.0)
+            for name, array in arrays.items():
+                if name in counterparts:
+                    far = relative(counterparts[name], array) > TOLERANCE
+                    noise = relative(nudged()[step][quantity][name], array) if far else 0.0
+                    findings.add(
+                        f"step {step + 1}",
+                        f"{quantity} of {name}" if quantity else name,
+                        counterparts[name],
+                        array,
+                        tolerance=max(TOLERANCE, NOISE * noise),
+                        floor=floor if quantity else 0.0,
+                        may_be_constant=True,
+                        may_be_zero=bool(quantity),
+                    )
+    return expected
 
 
-def _paired_buffers(
-    buffers: Mapping[str, Arrays], optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, Arrays, dict[str, np.ndarray]]]:
-    """PyTorch's name of a buffer, and what both have in it by parameter."""
-    kinds = {kind for tensor in tensors.values() for kind in optimizer.state[tensor]}
-    for kind in sorted(kinds):
-        named = (name for name in buffers if name == kind or kind in _BUFFERS.get(name, ()))
-        mine = next((buffers[name] for name in named), None)
-        if kind == "momentum_buffer" and kind not in buffers and not isinstance(optimizer, torch.optim.SGD):
-            continue  # optax keeps this one after the learning rate
-        theirs = {ours: optimizer.state[tensor].get(kind) for ours, tensor in tensors.items()}
-        arrays = {
-            ours: to_numpy(buffer)
-            for ours, buffer in theirs.items()
-            if isinstance(buffer, torch.Tensor) and buffer.shape == tensors[ours].shape and ours in (mine or {})
+def tell_steps(
+    findings: Findings, subject: Subject, view: View, optimizers: Optimizers | None, exact: Trajectory | None
+) -> None:
+    """Adds how far both are from float64 after the last step in another dtype: not judged, for errors grow."""
+    if exact is None:
+        return
+    torch_optimizer, optax_optimizer = optimizers or (None, optax.adam(1e-3))
+    names = {theirs: ours for ours, theirs in subject.parameter_pairs()}
+    moving = {theirs: ours for theirs, ours in names.items() if ours in exact.sketches[-1][""]}
+    dtype = jnp.dtype(view.port.dtype).name
+    found = torch_steps(subject, dtype, torch_optimizer, len(exact.masks), moving)
+    with jax.enable_x64(False):
+        *_, mine = flax_steps(view, subject.rounded(view), optax_optimizer, found.masks, set(names.values()))
+    true, others, own = (
+        np.concatenate([run[""][name].ravel() for name in moving.values()])
+        for run in (exact.sketches[-1], found.sketches[-1], mine)
+    )
+    findings.noise[f"parameters after {len(exact.masks)} steps ({dtype})"] = relative(own, true), relative(others, true)
+
+
+def torch_steps(
+    subject: Subject,
+    dtype: str,
+    given: torch.optim.Optimizer | None,
+    steps: int,
+    moving: Mapping[str, str],
+    *,
+    nudge: bool = False,
+) -> Trajectory:
+    """PyTorch's, of the parameters that move (the port's names by PyTorch's); if nudged, by a rounding unit first."""
+    original, optimizer = subject.trainee(given, dtype)
+    if nudge:
+        random = torch.Generator().manual_seed(subject.seed)
+        for parameter in original.module.parameters():
+            towards = torch.where(torch.rand(parameter.shape, generator=random) < 0.5, -torch.inf, torch.inf)
+            parameter.data = torch.nextafter(parameter.data, towards.to(parameter.dtype))
+    layouts = {name: subject.exact.port.weights[name].layout for name in moving.values()}
+    tensors = {moving[name]: tensor for name, tensor in original.module.named_parameters() if name in moving}
+
+    def kept(kind: str) -> dict[str, np.ndarray]:
+        found = {name: optimizer.state[tensor].get(kind) if kind else tensor for name, tensor in tensors.items()}
+        return {
+            name: sketch(layouts[name].to_flax(to_numpy(array)))
+            for name, array in found.items()
+            if isinstance(array, torch.Tensor) and array.shape == tensors[name].shape
         }
-        if mine is not None and arrays:
-            yield kind, mine, arrays
+
+    trajectory = Trajectory([], [])
+    for step in range(1, steps + 1):
+        trajectory.masks.append(subject.backward(original, step))
+        optimizer.step()
+        kinds = {kind for tensor in tensors.values() for kind in optimizer.state[tensor]}
+        trajectory.sketches.append({kind: kept(kind) for kind in (*sorted(kinds), "")})
+    return trajectory
+
+
+def flax_steps(
+    view: View,
+    values: Arrays,
+    optimizer: optax.GradientTransformation,
+    masks: list[list[np.ndarray]],
+    trained: set[str],
+) -> Iterator[Sketches]:
+    """The port's, by optax's names of what it keeps."""
+
+    def advance(parameters: Arrays, state: Any, gradients: Arrays) -> tuple[Arrays, Any]:
+        updates, state = optimizer.update(gradients, state, parameters)
+        moved: Any = optax.apply_updates(parameters, updates)
+        return {name: moved[name] if name in trained else p for name, p in parameters.items()}, state
+
+    parameters, statistics = view.programs.split(values)
+    # Copied, because some optimizers keep the parameters themselves, and a buffer is donated once.
+    state = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, optimizer.init(parameters))
+    advance = jax.jit(advance, donate_argnums=(0, 1))
+    for kept in masks:
+        run = view.programs.free({**parameters, **statistics}, kept)
+        parameters, state = advance(parameters, state, run.parameter_gradients)
+        statistics = run.statistics
+        buffers = _buffers(state, parameters) | {"": parameters}
+        yield {kind: {n: sketch(np.asarray(a)) for n, a in arrays.items()} for kind, arrays in buffers.items()}
+
+
+def _counterpart(kind: str, mine: Sketches, optimizer: type[torch.optim.Optimizer]) -> dict[str, np.ndarray]:
+    """What the port keeps for PyTorch's buffer of this name."""
+    if kind == "momentum_buffer" and kind not in mine and not issubclass(optimizer, torch.optim.SGD):
+        return {}  # optax keeps this one after the learning rate
+    return next((arrays for name, arrays in mine.items() if name == kind or kind in _BUFFERS.get(name, ())), {})
 
 
 def _buffers(state: Any, parameters: Arrays) -> dict[str, Arrays]:

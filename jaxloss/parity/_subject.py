@@ -13,7 +13,7 @@ from torch import nn
 
 from jaxloss.parity._batch import Batch
 from jaxloss.parity._layout import Layout, Shape, channels_last, same
-from jaxloss.parity._original import Original, Recording
+from jaxloss.parity._original import Drop, Original, Recording, State
 from jaxloss.parity._pairs import Call, CallPair, activation_layout, pair_weights
 from jaxloss.parity._port import Arrays, Port
 from jaxloss.parity._programs import Programs, abstract_run
@@ -30,7 +30,7 @@ class View(NamedTuple):
     """Both frameworks in one dtype."""
 
     recording: Recording
-    state: dict[str, np.ndarray]  # the original's, before the run
+    state: State  # the original's, before the run
     port: Port
     programs: Programs
 
@@ -57,14 +57,17 @@ class Subject:
         self.exact = self.view("float64")
         self._pair(self.exact, names, ignore)
         self._choose_values(self.exact)
+        self.exact.recording.masks = self._port_masks(self.exact.recording.masks, self.exact.recording)
 
     def view(self, dtype: str) -> View:
         """Runs the original in a dtype and copies the port to it."""
-        original = Original(self.torch_module, getattr(torch, dtype), train=self.train)
-        state = original.state()
+        torch_dtype = getattr(torch, dtype)
+        original = Original(self.torch_module, torch_dtype, train=self.train)
+        state = State(self.torch_module, torch_dtype)
         recording = original.run(self.batch.torch_inputs, self.batch.torch_objective, self.seed)
         port = self._port(jnp.dtype(dtype), state.keys())
         port.set_flatten(self._flat_maps(port))
+        recording.masks = self._port_masks(recording.masks, recording)
         return View(recording, state, port, Programs(port, self.batch, self.pairs))
 
     def _port(self, dtype: np.dtype, preferred: Collection[str]) -> Port:
@@ -80,18 +83,64 @@ class Subject:
             "variables, or a function with its parameters, each as a pair."
         )
 
+    def value(self, name: str) -> jax.Array:
+        """A weight that the port is checked with, in float64."""
+        port, theirs = self.exact.port, self.weight_pairs.get(name)
+        weight = port.weights[name]
+        if self.copied and theirs is not None:
+            return port.cast(weight.layout.to_flax(self.exact.state[theirs]))
+        return port.cast(weight.variable.get_value())
+
+    def values(self) -> Arrays:
+        """All of them, made anew: a large network's are not kept twice."""
+        return {name: self.value(name) for name in self.exact.port.weights}
+
+    def rounded(self, view: View) -> Arrays:
+        """The same in the dtype of a view."""
+        values: Arrays = {}
+        for name in view.port.weights:
+            with jax.enable_x64(True):
+                value = self.value(name)
+            with jax.enable_x64(False):
+                values[name] = view.port.cast(value)
+        return values
+
     def original(self) -> Original:
         """A fresh copy of the original, in float64."""
         return Original(self.torch_module, torch.float64, train=self.train)
 
-    def trainee(self, optimizer: torch.optim.Optimizer | None) -> tuple[Original, torch.optim.Optimizer]:
+    def trainee(
+        self, optimizer: torch.optim.Optimizer | None, dtype: str = "float64"
+    ) -> tuple[Original, torch.optim.Optimizer]:
         """A fresh copy of the original with its optimizer; with Adam if there is none."""
-        original = Original(self.torch_module, torch.float64, train=self.train, optimizer=optimizer)
+        original = Original(self.torch_module, getattr(torch, dtype), train=self.train, optimizer=optimizer)
         return original, original.optimizer or torch.optim.Adam(original.module.parameters(), lr=1e-3)
 
     def backward(self, original: Original, step: int) -> list[np.ndarray]:
         """Puts the gradients of a training step into the original, and returns what dropout kept."""
-        return original.backward(self.batch.torch_inputs, self.batch.torch_objective, self.seed + step)
+        masks = original.backward(self.batch.torch_inputs, self.batch.torch_objective, self.seed + step)
+        return self._port_masks(masks, self.exact.recording)
+
+    def _port_masks(self, masks: Sequence[np.ndarray], recording: Recording) -> list[np.ndarray]:
+        """Those on flattened feature maps in the order in which the port flattens."""
+        flattened = {pair.theirs for pair in self.pairs if pair.ours[0] in self.feature_maps}
+
+        def arranged(mask: np.ndarray, drop: Drop) -> np.ndarray:
+            before = recording.calls[drop.window].key if drop.window < len(recording.calls) else None
+            if drop.feature_map is None or before not in flattened:
+                return mask
+            full = (len(mask), *drop.feature_map)
+            return channels_last(full).to_flax(mask.reshape(full)).reshape(mask.shape)
+
+        return list(map(arranged, masks, recording.drops))
+
+    def lacks_counterpart(self, name: str) -> str:
+        """What is wrong with a weight that only the port has."""
+        tensors = self.torch_module.state_dict()
+        if name in tensors:
+            first = next(other for other in self.exact.state if tensors[other].data_ptr() == tensors[name].data_ptr())
+            return f"is trained by itself: PyTorch ties it to {first}"
+        return "has no counterpart in PyTorch"
 
     def aliased(self) -> Iterator[str]:
         """The port's weights that lie in memory of the original's."""
@@ -139,11 +188,8 @@ class Subject:
     def _pair(self, view: View, names: Names | None, ignore: Collection[str]) -> None:
         recording, port = view.recording, view.port
         shapes, result, self.drops = abstract_run(port, self.batch, recording.masks)
-        state = {
-            name: array.shape
-            for name, array in without(ignore, view.state).items()
-            if not name.endswith("num_batches_tracked")
-        }
+        shapes_in_torch = without(ignore, view.state.shapes())
+        state = {k: shape for k, shape in shapes_in_torch.items() if not k.endswith("num_batches_tracked")}
         ours = {name: weight.layout.merged for name, weight in port.weights.items()}
         check_names(names, ours, state)
         order = [name for name, _ in shapes], [call.name for call in recording.calls]
@@ -167,10 +213,10 @@ class Subject:
             if (key := (layers.get(call.name, ""), call.index)) in shapes and call.name in layers:
                 arrived, left = shapes[key]
                 inputs = [
-                    self._layout(call.layer, *both, key)
+                    self._layout(call.kind, *both, key)
                     for both in zip(map(np.shape, call.inputs), arrived, strict=False)
                 ]
-                output = self._layout(call.layer, call.output.shape, left, key)
+                output = self._layout(call.kind, call.output.shape, left, key)
                 fitting = [layout for layout in inputs if layout is not None]
                 if output and len(call.inputs) == len(arrived) == len(fitting):
                     self.pairs.append(CallPair(call.key, key, fitting, output))
@@ -202,10 +248,9 @@ class Subject:
     def _output_layout(self, recording: Recording, ours: Shape) -> Layout:
         """The same, or with the channels last; nothing else is the same output."""
         theirs = recording.outputs.shape
-        last = recording.calls[-1].layer if recording.calls else None
-        images = len(theirs) > 3 or isinstance(last, _CHANNELS_FIRST)
-        candidates = [channels_last(theirs)] if images and len(theirs) > 2 else []
-        candidates = [*candidates, same(theirs)] if isinstance(last, _CHANNELS_FIRST) else [same(theirs), *candidates]
+        channels_first = bool(recording.calls) and issubclass(recording.calls[-1].kind, _CHANNELS_FIRST)
+        candidates = [channels_last(theirs)] if len(theirs) > (2 if channels_first else 3) else []
+        candidates = [*candidates, same(theirs)] if channels_first else [same(theirs), *candidates]
         for layout in candidates:
             if layout.shape == ours:
                 if layout != same(theirs):
@@ -213,11 +258,11 @@ class Subject:
                 return layout
         raise ValueError(f"check: the port's output is {ours}, PyTorch's {theirs}.")
 
-    def _layout(self, layer: nn.Module, theirs: Shape, ours: Shape, call: Call) -> Layout | None:
+    def _layout(self, kind: type[nn.Module], theirs: Shape, ours: Shape, call: Call) -> Layout | None:
         return activation_layout(
             tuple(theirs),
             tuple(ours),
-            channels_first=isinstance(layer, _CHANNELS_FIRST),
+            channels_first=issubclass(kind, _CHANNELS_FIRST),
             feature_map=self.feature_maps.get(call[0]),
         )
 
@@ -233,20 +278,17 @@ class Subject:
 
     def _choose_values(self, view: View) -> None:
         """The port's own weights if they come from PyTorch's, in whatever order; else PyTorch's."""
-        values, port = view.port.values(), view.port
+        port, self.copied = view.port, False
         for name in self._flat_maps(port):
             if (theirs := self.weight_pairs.get(f"{name}.weight")) is not None:
-                ours = np.asarray(values[f"{name}.weight"])
+                ours = np.asarray(self.value(f"{name}.weight"))
                 if np.array_equal(ours, view.state[theirs].T):  # the port flattens in PyTorch's order
                     self._forget_feature_map(name, view)
-        self.copied = not any(self._comes_from_torch(name, values[name], view) for name in self.weight_pairs)
-        self.values: Arrays = values
+        self.copied = not any(self._comes_from_torch(name, self.value(name), view) for name in self.weight_pairs)
         if self.copied:
-            self._copy_values(view)
             for name in self._flat_maps(port):
                 if self._arrives_in_torchs_order(name, view):
                     self._forget_feature_map(name, view)
-                    self._copy_values(view)
 
     def _comes_from_torch(self, name: str, value: Any, view: View) -> bool:
         """Whether a weight is the original's, or made from it; what is constant tells nothing."""
@@ -260,21 +302,14 @@ class Subject:
 
     def other_initialisation(self) -> Iterator[str]:
         """The parameters that the port draws from another distribution than PyTorch, by their spread."""
-        own = self.exact.port.values()
         for ours, theirs in self.parameter_pairs():
-            mine, others = (float(np.std(array)) for array in (own[ours], self.exact.state[theirs]))
-            if own[ours].size >= ENOUGH and not 0.8 * others < mine < 1.25 * others:
+            own = self.exact.port.weights[ours].variable.get_value()
+            mine, others = (float(np.std(np.asarray(array))) for array in (own, self.exact.state[theirs]))
+            if own.size >= ENOUGH and not 0.8 * others < mine < 1.25 * others:
                 yield f"{ours} (standard deviation {mine:.2g}, PyTorch's {others:.2g})"
 
-    def _copy_values(self, view: View) -> None:
-        port = view.port
-        self.values = port.values() | {
-            ours: port.cast(port.weights[ours].layout.to_flax(view.state[theirs]))
-            for ours, theirs in self.weight_pairs.items()
-        }
-
     def _arrives_in_torchs_order(self, name: str, view: View) -> bool:
-        cut = view.programs.cut(self.values, view.recording)
+        cut = view.programs.cut(self.values(), view.recording)
         pair = next((pair for pair in self.pairs if pair.ours[0] == name), None)
         if pair is None:
             return False

@@ -17,6 +17,7 @@ from jaxloss.parity._pairs import pair_weights
 from jaxloss.parity._state_dict import read_state_dict
 
 Module = TypeVar("Module", bound=nnx.Module)
+Entry = TypeVar("Entry")
 FeatureMaps = Mapping[str, Sequence[int]]
 Names = Mapping[str, str]  # PyTorch's by ours
 StateDict = Mapping[str, Any] | str | os.PathLike[str]
@@ -303,13 +304,13 @@ def _check_feature_map(name: str, layer: Linear, feature_map: Shape, channels: s
         raise ValueError(f"flatten: {name}: {feature_map} seems to have the channels last; PyTorch has them first.")
 
 
-def without(patterns: Collection[str], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def without(patterns: Collection[str], entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """A state_dict less what is to be ignored. A pattern that fits nothing is refused."""
-    ignored = {pattern: fnmatch.filter(arrays, pattern) for pattern in patterns}
+    ignored = {pattern: fnmatch.filter(entries, pattern) for pattern in patterns}
     if unused := [pattern for pattern, found in ignored.items() if not found]:
         raise ValueError(f"ignore: the state_dict has no {', '.join(unused)}.")
     gone = set(itertools.chain(*ignored.values()))
-    return {name: array for name, array in arrays.items() if name not in gone}
+    return {name: entry for name, entry in entries.items() if name not in gone}
 
 
 def check_names(names: Names | None, ours: Collection[str], theirs: Collection[str]) -> None:
