@@ -3,6 +3,8 @@
 import copy
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,8 @@ from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
 from jaxloss import parity
+from jaxloss.parity import _steps
+from jaxloss.parity._steps import sketch, torch_steps
 from parity_tests import larger, torch_models
 from parity_tests.gates import assert_float64_close
 from parity_tests.zoo import CASES, TorchFlat, randomise, run
@@ -232,3 +236,108 @@ def test_report_is_printed_and_written(tmp_path):
     assert written["ok"] is True
     assert str(report).startswith("ok: ")
     assert "between conv and fc" in str(report)
+
+
+class TorchDropsFlat(TorchFlat):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(F.dropout(F.relu(self.conv(x)).flatten(1), 0.5, self.training))
+
+
+class FlaxDropsFlat(nnx.Module):
+    """Drops before or after it flattens, in Flax's order or in PyTorch's."""
+
+    def __init__(self, before: bool, transpose: bool) -> None:
+        rngs = nnx.Rngs(0)
+        self.conv = nnx.Conv(1, 4, (3, 3), padding=0, rngs=rngs)
+        self.fc, self.dropout = nnx.Linear(60, 6, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.before, self.transpose = before, transpose
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nnx.relu(self.conv(x))
+        x = self.dropout(x) if self.before else x
+        x = (x.transpose(0, 3, 1, 2) if self.transpose else x).reshape(len(x), -1)
+        return self.fc(x if self.before else self.dropout(x))
+
+
+@pytest.mark.parametrize("copied", [True, False], ids=["copied", "loaded"])
+@pytest.mark.parametrize(("before", "transpose"), [(False, False), (False, True), (True, False)])
+def test_dropout_of_a_flattened_map_gets_the_same_mask(before, transpose, copied):
+    torch.manual_seed(0)
+    original, port = TorchDropsFlat(), FlaxDropsFlat(before, transpose)
+    if not copied:
+        parity.load_torch(port, original.state_dict(), flatten={} if transpose else {"fc": (4, 5, 3)})
+    report = parity.check(original, port, torch.randn(4, 1, 7, 5), train=True, steps=2, dtypes=["float64"])
+    assert report.ok, str(report)
+
+
+def test_jit_inside_a_port_with_dropout_passes():
+    @nnx.jit
+    def forward(port: Any, x: jax.Array) -> jax.Array:
+        return port.second(port.dropout(nnx.relu(port.first(x))))
+
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.first, self.second = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return forward(self, x)
+
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3))
+    report = parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), train=True, steps=1, dtypes=["float64"])
+    assert report.ok, str(report)
+
+
+def test_port_in_the_originals_half_precision_passes():
+    torch.manual_seed(0)
+    original = nn.Linear(40, 30, dtype=torch.bfloat16)
+    port = nnx.Linear(40, 30, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    parity.load_torch(port, original.state_dict())
+    report = parity.check(original, port, torch.randn(8, 40), steps=1, dtypes=["float64", "bfloat16"])
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (4096,), (4097,), (300, 700)])
+def test_sketch_keeps_the_size_of_differences(shape):
+    random = np.random.default_rng(1)
+    a = random.normal(size=shape)
+    single = np.zeros(shape)
+    single.flat[-1] = 1.0
+    for difference in (random.normal(size=shape), np.ones(shape), single):
+        found = np.linalg.norm(sketch(a + difference) - sketch(a))
+        assert 0.4 < found / np.linalg.norm(difference) < 2.5
+
+
+def test_steps_are_told_in_float32_beside_torchs():
+    report = run(CASES["flat"], steps=3)
+    ours, theirs = report.noise["parameters after 3 steps (float32)"]
+    assert 0 < ours < 1e-5
+    assert 0 < theirs < 1e-5
+
+
+def test_steps_may_differ_by_torchs_own_noise_and_no_more(monkeypatch):
+    def optimizers(original: nn.Module) -> Any:
+        return torch.optim.SGD(original.parameters(), lr=0.1), optax.sgd(0.1 * (1 + 1e-7))
+
+    def check(noise: float) -> parity.Report:
+        def noisy(*args: Any, nudge: bool = False) -> Any:
+            found = torch_steps(*args, nudge=nudge)
+            scale = 1 + noise * nudge
+            sketches = [{k: {n: a * scale for n, a in each.items()} for k, each in s.items()} for s in found.sketches]
+            return found._replace(sketches=sketches)
+
+        monkeypatch.setattr(_steps, "torch_steps", noisy)
+        return run(CASES["flat"], optimizers=optimizers, steps=2, dtypes=["float64"])
+
+    assert check(0.0).first_divergence.place == "step 1"
+    assert check(1e-6).ok
+
+
+def test_hundred_million_parameters_within_six_gibibytes():
+    """Some minutes long: with --hypothesis-profile=thorough."""
+    if settings.default.max_examples <= 1000:
+        pytest.skip("takes minutes: run with --hypothesis-profile=thorough")
+    run = subprocess.run([sys.executable, "-m", "parity_tests.large"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert float(run.stdout.split()[-2]) < 6, run.stdout

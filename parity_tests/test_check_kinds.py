@@ -18,7 +18,7 @@ class LinenResidual(linen.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         y = linen.Conv(8, (3, 3), padding=1, dtype=jnp.float32)(x)
         y = linen.relu(linen.BatchNorm(not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False)(y))
-        y = linen.Dropout(0.5, broadcast_dims=(1, 2), deterministic=not train)(y)
+        y = linen.Dropout(0.5, broadcast_dims=(1, 2))(y, not train)
         y = linen.max_pool(y, (2, 2), (2, 2)).reshape(len(y), -1)
         return linen.Dense(5)(y)
 

@@ -114,6 +114,51 @@ def test_dropout_that_the_original_has_not_is_found():
     assert "drops 1 times in a run, PyTorch 0 times" in report.first_divergence.diagnosis
 
 
+def test_random_numbers_that_the_port_cannot_be_given_are_named():
+    class Original(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.alpha_dropout(super().forward(x), 0.5, self.training)
+
+    report = parity.check(Original(4, 3), small()[1], torch.randn(5, 4), train=True, steps=0, dtypes=["float64"])
+    assert not report.ok
+    assert any("draws random numbers in alpha_dropout" in note for note in report.notes)
+
+
+def test_buffers_that_the_port_does_not_need_are_ignored_by_name():
+    module, port = small()
+    module.register_buffer("mask", torch.ones(3, 3))
+    assert "no counterpart in the port" in parity.check(module, port, torch.randn(5, 4)).first_divergence.problem
+    assert parity.check(module, port, torch.randn(5, 4), ignore=["mask"], steps=1, dtypes=["float64"]).ok
+
+
+def test_pairs_can_be_given():
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.a, self.b = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.b(x) + 2 * self.a(x)
+
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.one(x) + self.two(x)
+
+    torch.manual_seed(0)
+    names = {"a.weight": "one.weight", "a.bias": "one.bias", "b.weight": "two.weight", "b.bias": "two.bias"}
+    options = {"steps": 1, "dtypes": ["float64"]}
+    original, batch = Original(), torch.randn(5, 4)
+    assert not parity.check(original, Port(nnx.Rngs(0)), batch, **options).ok  # paired in the order of their calls
+    report = parity.check(original, Port(nnx.Rngs(0)), batch, names=names, **options)
+    assert report.ok, str(report)
+    assert report.weight_map == names
+    with pytest.raises(ValueError, match=r"there is no c\.weight in the module"):
+        parity.check(original, Port(nnx.Rngs(0)), batch, names={"c.weight": "one.weight"})
+
+
 @pytest.mark.parametrize("side", ["torch", "flax"])
 def test_module_that_raises_passes_its_error_on(side):
     class Original(nn.Linear):

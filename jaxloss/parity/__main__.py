@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tyro.conf import Positional
 
 COULD_NOT = 2
@@ -51,7 +52,10 @@ with 4-D ones transposed, those as flax_NAME"""
         losses = None if self.loss == "none" else (getattr(functional, self.loss), getattr(jaxloss, self.loss))
         torch_model, flax_model = _load(self.torch_model, "torch.nn"), _load(self.flax_model, "flax.nnx")
         theirs, ours = _read_batch(self.batch, with_targets=losses is not None)
-        with console.status("starting") as status:
+        stages = 5 + 2 * len(set(self.dtypes) - {"float64"})
+        columns = SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("starting", total=stages)
             report = parity.check(
                 torch_model,
                 flax_model,
@@ -61,7 +65,7 @@ with 4-D ones transposed, those as flax_NAME"""
                 train=self.train,
                 steps=self.steps,
                 dtypes=self.dtypes,
-                progress=lambda stage: status.update(f"{stage} …"),
+                progress=lambda stage: progress.update(bar, description=stage, advance=1),
             )
         if self.json is not None:
             report.to_json(self.json)

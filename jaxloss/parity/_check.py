@@ -145,6 +145,8 @@ def _unmatched(findings: Findings, subject: Subject) -> None:
     for name, problem in problems:
         layer, _, kind = name.rpartition(".")
         findings.fail(subject.place_of(layer), kind, problem)
+    if random := ", ".join(subject.exact.recording.random):
+        findings.notes.append(f"PyTorch draws random numbers in {random}: only those of dropout are given to the port.")
     for i in subject.exact.recording.mutated:
         findings.notes.append(f"PyTorch's module changes its input {i} in place; the port gets it as it was.")
 

@@ -51,6 +51,7 @@ class Recording:
     buffers: dict[str, np.ndarray]  # after the run
     masks: list[np.ndarray]  # what dropout kept, call by call
     drops: list["Drop"]
+    random: list[str]  # functions that draw random numbers, other than dropout
     flattened: dict[Call, tuple[int, ...]]  # (channels, *spatial) of the feature map that a layer's input was
     mutated: list[int]  # inputs that the module changed in place
 
@@ -137,6 +138,7 @@ class Original:
             buffers={name: to_numpy(buffer) for name, buffer in self.module.named_buffers()},
             masks=functions.masks,
             drops=functions.drops,
+            random=list(functions.random),
             flattened=functions.flattened,
             mutated=[i for i, (a, b) in enumerate(zip(before, given, strict=True)) if not _same(a, to_numpy(b))],
         )
@@ -183,8 +185,9 @@ class Original:
 
         def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             call = next(call for call in reversed(calls) if call.name == names[id(layer)])
-            functions.leave()
-            if not isinstance(output, Tensor):
+            cut_out = isinstance(output, Tensor)
+            functions.leave(cut_out=cut_out)
+            if not cut_out:
                 calls.remove(call)  # not something to be cut out: its arithmetic belongs to the edges
                 return
             call.output = to_numpy(output)
@@ -255,6 +258,7 @@ class Functions(TorchFunctionMode):
         self.flattened: dict[Call, tuple[int, ...]] = {}
         self.drops: list[Drop] = []
         self.alternatives: list[int] = []
+        self.random: dict[str, None] = {}
         self._seed, self._windows, self._change, self._inside = seed, windows, change, inside
         self._window, self._in_layer = 0, False
         self._feature_map: tuple[int, ...] | None = None
@@ -266,9 +270,9 @@ class Functions(TorchFunctionMode):
             self.flattened[call] = self._feature_map
         self._feature_map, self._in_layer = None, True
 
-    def leave(self) -> None:
-        """Notes that a layer ends."""
-        self._window, self._in_layer = self._window + 1, False
+    def leave(self, *, cut_out: bool) -> None:
+        """Notes that a layer ends; one that is not cut out divides nothing."""
+        self._window, self._in_layer = self._window + cut_out, False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -277,6 +281,8 @@ class Functions(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _WHOLE_CHANNELS:
             return self._drop(func, args, kwargs)
+        if (name := getattr(func, "__name__", "")) in _RANDOM or kwargs.get("dropout_p"):
+            self.random[name] = None
         if (chosen := self._watch(func, args, kwargs)) is not None:
             return chosen.result()
         result = func(*args, **kwargs)
@@ -314,6 +320,11 @@ class Functions(TorchFunctionMode):
         return x.copy_(result) if inplace else result
 
 
+_RANDOM = {
+    *("alpha_dropout", "feature_alpha_dropout", "multinomial", "rrelu"),
+    *("bernoulli", "bernoulli_", "exponential_", "normal", "normal_", "random_", "uniform_"),
+    *("rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm"),
+}
 _WHOLE_CHANNELS: dict[Callable[..., Tensor], bool] = {
     F.dropout: False,
     F.dropout1d: True,

@@ -32,13 +32,17 @@ class Port:
         dtype: jax.typing.DTypeLike,
         *,
         train: bool,
+        told: Collection[np.dtype],
         preferred: Collection[str] = (),
     ) -> None:
-        """Copies the module. Of the names of a weight that has several, one that is preferred is kept."""
+        """Copies the module, and has layers that are told to compute in one of the dtypes told compute in this one.
+
+        Of the names of a weight that has several, one that is preferred is kept.
+        """
         copied = nnx.clone(module)
         copied.train() if train else copied.eval()
         for node in _modules(copied):
-            if getattr(node, "dtype", None) is not None and jnp.dtype(node.dtype) == jnp.float32:
+            if getattr(node, "dtype", None) is not None and jnp.dtype(node.dtype) in told:
                 node.dtype = dtype
             node.__class__ = _hooked(type(node))
         self.dtype, self._copied, self._preferred = dtype, copied, preferred
@@ -76,7 +80,7 @@ class Port:
         for name, value in values.items():
             weights[name].variable.set_value(value)
         hook.names = {id(weights[name].layer): weights[name].layer_name for name in reversed(list(values))}
-        with _hooks(hook):
+        with _hooks(hook), jax.disable_jit():  # a jit inside would keep what it traced of another run
             outputs = module(*inputs)
         return outputs, {name: weights[name].variable.get_value() for name in values if name not in self.parameters}
 
@@ -102,8 +106,11 @@ class Tape:
         self, name: str | None, module: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Called instead of a module of this name."""
-        if isinstance(module, _DROPOUTS) and not (kwargs.get("deterministic") or module.deterministic):
-            return self._drop(module, args[0])
+        if isinstance(module, _DROPOUTS):
+            x, *given = args
+            off = kwargs.get("deterministic", given[0] if given else None)
+            if not (module.deterministic if off is None else off):
+                return self._drop(module, x)
         if name is None or name not in self._layers:
             return function(*args, **kwargs)
         index = self._counts[name] = self._counts.get(name, -1) + 1

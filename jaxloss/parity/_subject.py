@@ -71,11 +71,14 @@ class Subject:
         return View(recording, state, port, Programs(port, self.batch, self.pairs))
 
     def _port(self, dtype: np.dtype, preferred: Collection[str]) -> Port:
+        own = {str(t.dtype).removeprefix("torch.") for t in self.torch_module.parameters() if t.is_floating_point()}
+        told = {jnp.dtype(name) for name in ("float32", *own)}
         match self.flax_module:
             case nnx.Module() as module:
-                return Port(module, dtype, train=self.train, preferred=preferred)
+                return Port(module, dtype, train=self.train, told=told, preferred=preferred)
             case (linen.Module() as module, variables):
-                return LinenPort(module, variables, dtype, train=self.train, inputs=self.batch.flax_inputs)
+                inputs = self.batch.flax_inputs
+                return LinenPort(module, variables, dtype, train=self.train, told=told, inputs=inputs)
             case (function, params) if callable(function):
                 return FunctionPort(function, params, dtype)
         raise TypeError(

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,10 +82,11 @@ class LinenPort(FunctionPort):
         dtype: jax.typing.DTypeLike,
         *,
         train: bool,
+        told: Collection[np.dtype],
         inputs: Sequence[Any],
     ) -> None:
         """Runs it once, abstractly, to see its layers."""
-        self._module = module
+        self._module, self._told = module, told
         known = inspect.signature(type(module).__call__).parameters
         self._flags: dict[str, Any] = {name: value is train for name, value in _TRAIN_FLAGS.items() if name in known}
         super().__init__(module.apply, variables, dtype)
@@ -107,7 +108,7 @@ class LinenPort(FunctionPort):
         def intercept(function: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             if context.method_name != "__call__" or (not context.module.path and self.layers != [""]):
                 return function(*args, **kwargs)
-            _set_dtype(context.module, self.dtype)
+            _set_dtype(context.module, self.dtype, self._told)
             return hook.call(".".join(context.module.path), context.module, function, args, kwargs)
 
         with linen.intercept_methods(intercept):
@@ -141,10 +142,10 @@ def _plain(key: Any) -> str:
     return str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)))
 
 
-def _set_dtype(module: linen.Module, dtype: jax.typing.DTypeLike) -> None:
-    """Has a layer that was told to compute in float32 compute in the port's dtype."""
-    told = getattr(module, "dtype", None)
-    if told is not None and jnp.dtype(told) == jnp.float32:
+def _set_dtype(module: linen.Module, dtype: jax.typing.DTypeLike, told: Collection[np.dtype]) -> None:
+    """Has a layer that was told to compute in one of these dtypes compute in the port's."""
+    now = getattr(module, "dtype", None)
+    if now is not None and jnp.dtype(now) in told:
         object.__setattr__(module, "dtype", dtype)
 
 
