@@ -328,8 +328,8 @@ def test_flax_kernel_transposed_is_not_copied():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # PyTorch's own use of torch.jit
-def test_pytorchs_chunked_path_has_no_smoothing_no_second_derivatives_and_forward_mode_of_zero():
-    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+def test_pytorchs_chunked_path_has_no_smoothing_no_second_derivatives_and_forward_mode_of_zero(x64):
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x, w, t = draw(64, 8, requires_grad=True), draw(128, 8), torch.arange(64)
 
     def chunked(x, **more):
@@ -342,7 +342,7 @@ def test_pytorchs_chunked_path_has_no_smoothing_no_second_derivatives_and_forwar
     _, forward = torch.func.jvp(chunked, (x.detach(),), (x.detach(),))
     assert forward == 0
     ours = jax.jvp(lambda x: jaxloss.linear_cross_entropy(x, w.numpy(), t.numpy()), *[(jnp.asarray(x.detach()),)] * 2)
-    np.testing.assert_allclose(ours[1], (gradient * x).sum().item(), rtol=1e-4)
+    assert_float64_close(ours[1], (gradient * x).sum())
 
 
 @pytest.mark.parametrize(
