@@ -15,7 +15,8 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LinearLR, OneCycleLR, StepLR
 
 from jaxloss import parity
-from parity_tests.gates import assert_float64_close, relative_l2
+from jaxloss.parity import optimizer_by_name
+from parity_tests.gates import assert_float64_close, assert_identical, relative_l2
 
 STEPS = 200
 SHAPES = {"kernel": (3, 4), "bias": (4,)}
@@ -247,3 +248,32 @@ def test_what_has_no_translation_is_refused():
         parity.optimizer(SGD(params), StepLR(optimizer, 1))
     with pytest.raises(ValueError, match="needs the parameters"):
         translate(OPTIMIZERS["adamw"]).update(jnp.ones(1), translate(OPTIMIZERS["adamw"]).init(jnp.ones(1)))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta"])
+def test_optimizer_by_name_takes_the_steps_of_pytorchs_defaults(name, x64):
+    random = np.random.default_rng(0)
+    theirs = torch.tensor(random.normal(size=7), requires_grad=True)
+    torch_optimizer = getattr(torch.optim, name)([theirs], lr=0.03)
+    ours, translated = (optimizer_by_name(name, lr=0.03), parity.optimizer(torch_optimizer))
+    results = []
+    for transformation in (ours, translated):
+        weights = jnp.array(theirs.detach().numpy())
+        state = transformation.init(weights)
+        for _ in range(5):
+            updates, state = transformation.update(jnp.sin(weights), state, weights)
+            weights = weights + updates
+        results.append(weights)
+    assert_identical(*results)
+
+
+def test_optimizer_by_name_follows_a_schedule_and_refuses_what_there_is_not(x64):
+    sgd = optimizer_by_name("SGD", lr=lambda count: 0.5**count)
+    state = sgd.init(jnp.zeros(1))
+    first, state = sgd.update(jnp.ones(1), state)
+    second, _ = sgd.update(jnp.ones(1), state)
+    assert (first.item(), second.item()) == (-1.0, -0.5)
+    with pytest.raises(TypeError, match="no 'sgd', only SGD, Adam"):
+        optimizer_by_name("sgd", lr=0.1)
+    with pytest.raises(TypeError, match="Adam has no momentum"):
+        optimizer_by_name("Adam", lr=0.1, momentum=0.9)

@@ -7,10 +7,20 @@ if TYPE_CHECKING:
     from jaxloss.parity._assert_close import assert_close
     from jaxloss.parity._check import check
     from jaxloss.parity._report import Report
-    from jaxloss.parity.optimizers import clip_grad_norm, optimizer
+    from jaxloss.parity.optimizers import clip_grad_norm, optimizer, optimizer_by_name
     from jaxloss.parity.weights import load_torch, to_torch, weight_map
 
-__all__ = ["Report", "assert_close", "check", "clip_grad_norm", "load_torch", "optimizer", "to_torch", "weight_map"]
+__all__ = [
+    "Report",
+    "assert_close",
+    "check",
+    "clip_grad_norm",
+    "load_torch",
+    "optimizer",
+    "optimizer_by_name",
+    "to_torch",
+    "weight_map",
+]
 
 _HOMES = {
     "Report": "_report",
@@ -19,6 +29,7 @@ _HOMES = {
     "clip_grad_norm": "optimizers",
     "load_torch": "weights",
     "optimizer": "optimizers",
+    "optimizer_by_name": "optimizers",
     "to_torch": "weights",
     "weight_map": "weights",
 }

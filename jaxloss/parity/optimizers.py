@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-import torch
 from jaxtyping import Array, Float, Int, PyTree
-from torch.optim import lr_scheduler
+
+if TYPE_CHECKING:  # not needed where there is no PyTorch object to translate
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
 Options = Mapping[str, Any]  # one of PyTorch's param groups: hyperparameters by PyTorch's names
 Buffers = dict[str, Any]
@@ -27,8 +29,8 @@ class OptimizerState(NamedTuple):
 
 
 def optimizer(
-    torch_optimizer: torch.optim.Optimizer,
-    scheduler: lr_scheduler.LRScheduler | None = None,
+    torch_optimizer: "Optimizer",
+    scheduler: "LRScheduler | None" = None,
     *,
     steps_per_epoch: int = 1,
     groups: PyTree[int] | None = None,
@@ -73,14 +75,11 @@ def optimizer(
     References:
         https://docs.pytorch.org/docs/stable/optim.html
     """
-    if type(torch_optimizer) not in _OPTIMIZERS:
-        raise TypeError(
-            f"optimizer: {type(torch_optimizer).__name__} has no translation, only {', '.join(_named(_OPTIMIZERS))}."
-        )
+    name = _translated(torch_optimizer, "torch.optim", _OPTIMIZERS)
     if scheduler is not None and scheduler.optimizer is not torch_optimizer:
         raise ValueError("optimizer: the scheduler belongs to another optimizer; pass the one that it was made with.")
     transformations: dict[Hashable, optax.GradientTransformation] = {
-        index: _transformation(type(torch_optimizer), _options(group), _schedule(scheduler, index, steps_per_epoch))
+        index: _transformation(name, _options(group), _schedule(scheduler, index, steps_per_epoch))
         for index, group in enumerate(torch_optimizer.param_groups)
     }
     if groups is not None:
@@ -91,6 +90,41 @@ def optimizer(
             "pytree of group indices like the params."
         )
     return transformations[0]
+
+
+def optimizer_by_name(
+    name: str, *, lr: float | Callable[[Int[Array, ""]], Float[Array, ""]], **options: Any
+) -> optax.GradientTransformation:
+    """Returns what `optimizer` gives for a PyTorch optimizer of this name, without PyTorch.
+
+    Args:
+        name: "SGD", "Adam", "AdamW", "RMSprop", "Adagrad" or "Adadelta".
+        lr: learning rate, or a function of the number of updates made.
+        options: PyTorch's keyword arguments; the others have PyTorch's defaults.
+
+    Returns:
+        The transformation. `update` needs `params` where there is weight decay: AdamW has some by default.
+
+    Raises:
+        TypeError: there is no such optimizer, or it has no such option.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxloss import parity
+        >>> adam = parity.optimizer_by_name("Adam", lr=0.1)
+        >>> adam.update(jnp.array([5.0]), adam.init(jnp.zeros(1)))[0]
+        Array([-0.1], dtype=float32)
+
+    References:
+        https://docs.pytorch.org/docs/stable/optim.html
+    """
+    if name not in _OPTIMIZERS:
+        raise TypeError(f"optimizer_by_name: there is no {name!r}, only {', '.join(_OPTIMIZERS)}.")
+    defaults = {**_COMMON_DEFAULTS, **_DEFAULTS[name]}
+    if unknown := options.keys() - defaults.keys():
+        raise TypeError(f"optimizer_by_name: {name} has no {', '.join(sorted(unknown))}.")
+    schedule: Schedule = (lambda count: {"lr": lr(count)}) if callable(lr) else (lambda count: {})
+    return _transformation(name, {**defaults, **options, "lr": lr}, schedule)
 
 
 def clip_grad_norm(max_norm: float, norm_type: float = 2.0) -> optax.GradientTransformation:
@@ -126,8 +160,8 @@ def clip_grad_norm(max_norm: float, norm_type: float = 2.0) -> optax.GradientTra
     return optax.stateless(lambda gradients, _: clip(gradients))
 
 
-def _transformation(kind: type, options: Options, schedule: Schedule) -> optax.GradientTransformation:
-    rule, buffers = _OPTIMIZERS[kind]
+def _transformation(name: str, options: Options, schedule: Schedule) -> optax.GradientTransformation:
+    rule, buffers = _OPTIMIZERS[name]
 
     def init(params: PyTree) -> OptimizerState:
         fill = options.get("initial_accumulator_value", 0.0)
@@ -229,18 +263,32 @@ def _rmsprop_buffers(options: Options) -> list[str]:
     return ["square_avg", *(name for name, used in optional.items() if used)]
 
 
-_OPTIMIZERS: dict[type, tuple[Rule, Callable[[Options], list[str]]]] = {
-    torch.optim.SGD: (_sgd, lambda options: ["momentum_buffer"] if options["momentum"] else []),
-    torch.optim.Adam: (_adam, _adam_buffers),
-    torch.optim.AdamW: (_adam, _adam_buffers),
-    torch.optim.RMSprop: (_rmsprop, _rmsprop_buffers),
-    torch.optim.Adagrad: (_adagrad, lambda options: ["sum"]),
-    torch.optim.Adadelta: (_adadelta, lambda options: ["square_avg", "acc_delta"]),
+_OPTIMIZERS: dict[str, tuple[Rule, Callable[[Options], list[str]]]] = {
+    "SGD": (_sgd, lambda options: ["momentum_buffer"] if options["momentum"] else []),
+    "Adam": (_adam, _adam_buffers),
+    "AdamW": (_adam, _adam_buffers),
+    "RMSprop": (_rmsprop, _rmsprop_buffers),
+    "Adagrad": (_adagrad, lambda options: ["sum"]),
+    "Adadelta": (_adadelta, lambda options: ["square_avg", "acc_delta"]),
+}
+_ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}
+_COMMON_DEFAULTS = {"weight_decay": 0.0, "maximize": False}
+_DEFAULTS: dict[str, dict[str, Any]] = {  # a test holds them against PyTorch's
+    "SGD": {"momentum": 0.0, "dampening": 0.0, "nesterov": False},
+    "Adam": {**_ADAM, "decoupled_weight_decay": False},
+    "AdamW": {**_ADAM, "decoupled_weight_decay": True, "weight_decay": 1e-2},
+    "RMSprop": {"alpha": 0.99, "eps": 1e-8, "momentum": 0.0, "centered": False},
+    "Adagrad": {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
+    "Adadelta": {"rho": 0.9, "eps": 1e-6},
 }
 
 
-def _named(kinds: Mapping[type, Any]) -> list[str]:
-    return [kind.__name__ for kind in kinds]
+def _translated(thing: object, module: str, known: Mapping[str, Any]) -> str:
+    """The name of a PyTorch object's class, if it is one of those known and no subclass of it."""
+    kind = type(thing)
+    if kind.__name__ not in known or not kind.__module__.startswith(module):
+        raise TypeError(f"optimizer: {kind.__name__} has no translation, only {', '.join(known)}.")
+    return kind.__name__
 
 
 def _one_minus_power(beta: float | Array, step: Int[Array, ""]) -> Float[Array, ""]:
@@ -256,20 +304,17 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(plain(item) for item in value)
-        return value.item() if isinstance(value, torch.Tensor) else value
+        return value.item() if hasattr(value, "item") else value  # a tensor
 
     return {name: plain(value) for name, value in group.items() if name not in ("params", "param_names")}
 
 
-def _schedule(scheduler: lr_scheduler.LRScheduler | None, index: int, steps_per_epoch: int) -> Schedule:
+def _schedule(scheduler: "LRScheduler | None", index: int, steps_per_epoch: int) -> Schedule:
     """The options of a param group that change, as a function of the number of updates made."""
     if scheduler is None:
         return lambda count: {}
-    if type(scheduler) not in _SCHEDULERS:
-        raise TypeError(
-            f"optimizer: {type(scheduler).__name__} has no translation, only {', '.join(_named(_SCHEDULERS))}."
-        )
-    changing = _SCHEDULERS[type(scheduler)](scheduler, _options(scheduler.optimizer.param_groups[index]))
+    name = _translated(scheduler, "torch.optim.lr_scheduler", _SCHEDULERS)
+    changing = _SCHEDULERS[name](scheduler, _options(scheduler.optimizer.param_groups[index]))
     start = scheduler.last_epoch
     return lambda count: changing(start + count // steps_per_epoch)
 
@@ -321,9 +366,9 @@ def _anneal_linear(start: float, end: float, part: Array) -> Array:
     return start + (end - start) * part
 
 
-_SCHEDULERS: dict[type, Callable[[Any, Options], Schedule]] = {
-    lr_scheduler.StepLR: _step_lr,
-    lr_scheduler.ExponentialLR: _exponential_lr,
-    lr_scheduler.CosineAnnealingLR: _cosine_annealing_lr,
-    lr_scheduler.OneCycleLR: _one_cycle_lr,
+_SCHEDULERS: dict[str, Callable[[Any, Options], Schedule]] = {
+    "StepLR": _step_lr,
+    "ExponentialLR": _exponential_lr,
+    "CosineAnnealingLR": _cosine_annealing_lr,
+    "OneCycleLR": _one_cycle_lr,
 }
