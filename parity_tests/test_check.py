@@ -23,20 +23,20 @@ import jaxloss
 from jaxloss import parity
 from jaxloss.parity import _steps
 from jaxloss.parity._steps import sketch, torch_steps
-from parity_tests import larger, torch_models
+from parity_tests import larger
 from parity_tests.gates import assert_float64_close
 from parity_tests.zoo import CASES, TorchFlat, randomise, run
-from train import models
+from train import models, originals
 
 CROSS_ENTROPY, NLL = (F.cross_entropy, jaxloss.cross_entropy), (F.nll_loss, jaxloss.nll_loss)
 
 
-class TorchLogits(torch_models.ExNN):
-    forward = torch_models.ExNN.forward1
+class TorchLogits(originals.ExNN):
+    forward = originals.ExNN.forward1
 
 
-class TorchLogProbs(torch_models.ExNN):
-    forward = torch_models.ExNN.forward2
+class TorchLogProbs(originals.ExNN):
+    forward = originals.ExNN.forward2
 
 
 class FlaxLogits(models.ExNN):
@@ -56,8 +56,8 @@ def images() -> torch.Tensor:
 
 
 MODELS: dict[str, tuple[Any, Any, Callable[[], torch.Tensor], Any]] = {
-    "cnn": (torch_models.CNN, models.CNN, images, CROSS_ENTROPY),
-    "net": (torch_models.Net, models.Net, images, NLL),
+    "cnn": (originals.CNN, models.CNN, images, CROSS_ENTROPY),
+    "net": (originals.Net, models.Net, images, NLL),
     "exnn-logits": (TorchLogits, FlaxLogits, points, CROSS_ENTROPY),
     "exnn-log-probabilities": (TorchLogProbs, FlaxLogProbs, points, NLL),
 }
@@ -153,7 +153,7 @@ def test_nothing_of_the_callers_changes():
 
 def test_fresh_port_gets_pytorchs_weights_and_the_report_says_so():
     torch.manual_seed(0)
-    report = parity.check(torch_models.CNN(), models.CNN(nnx.Rngs(1)), images(), steps=0, dtypes=["float64"])
+    report = parity.check(originals.CNN(), models.CNN(nnx.Rngs(1)), images(), steps=0, dtypes=["float64"])
     assert report.ok
     assert any("PyTorch's were copied" in note for note in report.notes)
     assert not any("initialisation" in note for note in report.notes)
@@ -239,8 +239,16 @@ def test_report_is_printed_and_written(tmp_path):
 
 
 class TorchDropsFlat(TorchFlat):
+    """Drops before or after it flattens."""
+
+    def __init__(self, before: bool) -> None:
+        super().__init__()
+        self.before = before
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(F.dropout(F.relu(self.conv(x)).flatten(1), 0.5, self.training))
+        x = F.relu(self.conv(x))
+        x = F.dropout(x, 0.5, self.training) if self.before else x
+        return self.fc(x.flatten(1) if self.before else F.dropout(x.flatten(1), 0.5, self.training))
 
 
 class FlaxDropsFlat(nnx.Module):
@@ -260,10 +268,11 @@ class FlaxDropsFlat(nnx.Module):
 
 
 @pytest.mark.parametrize("copied", [True, False], ids=["copied", "loaded"])
-@pytest.mark.parametrize(("before", "transpose"), [(False, False), (False, True), (True, False)])
-def test_dropout_of_a_flattened_map_gets_the_same_mask(before, transpose, copied):
+@pytest.mark.parametrize("order", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_dropout_of_a_flattened_map_gets_the_same_mask(order, copied):
+    torch_before, before, transpose = order
     torch.manual_seed(0)
-    original, port = TorchDropsFlat(), FlaxDropsFlat(before, transpose)
+    original, port = TorchDropsFlat(torch_before), FlaxDropsFlat(before, transpose)
     if not copied:
         parity.load_torch(port, original.state_dict(), flatten={} if transpose else {"fc": (4, 5, 3)})
     report = parity.check(original, port, torch.randn(4, 1, 7, 5), train=True, steps=2, dtypes=["float64"])
@@ -287,6 +296,28 @@ def test_jit_inside_a_port_with_dropout_passes():
     original = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3))
     report = parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), train=True, steps=1, dtypes=["float64"])
     assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("transform", ["checkpoint", "cond", "scan"])
+def test_layers_inside_other_transforms_are_left_whole(transform):
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.first, self.second = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            if transform == "checkpoint":
+                x = jax.checkpoint(self.first)(x)
+            elif transform == "cond":
+                x = jax.lax.cond(x.sum() > 1e9, lambda x: x, self.first, x)
+            else:
+                x, _ = jax.lax.scan(lambda x, _: (self.first(x), None), x, None, length=1)
+            return self.second(nnx.relu(x))
+
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    report = parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), steps=1, dtypes=["float64"])
+    assert report.ok, str(report)
+    assert {"2", "whole network"} <= report.places().keys()
 
 
 def test_port_in_the_originals_half_precision_passes():
@@ -318,7 +349,7 @@ def test_steps_are_told_in_float32_beside_torchs():
 
 def test_steps_may_differ_by_torchs_own_noise_and_no_more(monkeypatch):
     def optimizers(original: nn.Module) -> Any:
-        return torch.optim.SGD(original.parameters(), lr=0.1), optax.sgd(0.1 * (1 + 1e-7))
+        return torch.optim.SGD(original.parameters(), lr=0.1), optax.sgd(lambda count: 0.1 + 1e-8 * (count > 0))
 
     def check(noise: float) -> parity.Report:
         def noisy(*args: Any, nudge: bool = False) -> Any:
@@ -330,7 +361,7 @@ def test_steps_may_differ_by_torchs_own_noise_and_no_more(monkeypatch):
         monkeypatch.setattr(_steps, "torch_steps", noisy)
         return run(CASES["flat"], optimizers=optimizers, steps=2, dtypes=["float64"])
 
-    assert check(0.0).first_divergence.place == "step 1"
+    assert check(0.0).first_divergence.place == "step 2"
     assert check(1e-6).ok
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from flax import nnx
@@ -14,7 +15,7 @@ from torch import nn
 from jaxloss import parity
 from jaxloss.parity._compare import Rounding
 from jaxloss.parity._findings import Finding
-from parity_tests.zoo import randomise
+from parity_tests.zoo import CASES, randomise
 
 
 def small() -> tuple[nn.Module, nnx.Module]:
@@ -122,6 +123,67 @@ def test_random_numbers_that_the_port_cannot_be_given_are_named():
     report = parity.check(Original(4, 3), small()[1], torch.randn(5, 4), train=True, steps=0, dtypes=["float64"])
     assert not report.ok
     assert any("draws random numbers in alpha_dropout" in note for note in report.notes)
+
+
+def test_attention_dropout_is_named_and_alpha_dropout_in_eval_mode_is_not():
+    class Original(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = nn.functional.alpha_dropout(x, 0.5, False)
+            return nn.functional.scaled_dot_product_attention(x, x, x, None, 0.3 * self.training)
+
+    class Port(nnx.Module):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return jax.nn.softmax(x @ x.swapaxes(-1, -2) / 2) @ x
+
+    for train in (False, True):
+        report = parity.check(Original(), Port(), torch.randn(2, 5, 4), losses=None, train=train, dtypes=["float64"])
+        assert report.ok is not train
+        named = [note for note in report.notes if "draws random numbers" in note]
+        assert len(named) == train
+        assert all("scaled_dot_product_attention" in note for note in named)
+
+
+def test_gradients_that_are_nan_or_zero_everywhere_end_in_a_report():
+    def constant(outputs: Any, targets: Any) -> Any:
+        return (outputs * 0).sum()
+
+    def nan(outputs: Any, targets: Any) -> Any:
+        return ((outputs * 0) ** 0.5).sum()
+
+    module, port = small()
+    for loss in (constant, nan):
+        report = parity.check(module, port, torch.randn(5, 4), losses=(loss, loss), steps=2)
+        assert not report.ok
+        assert report.first_divergence is not None
+
+
+def test_integer_parameters_and_an_unknown_step_difference_end_in_a_report():
+    module, port = small()
+    module.count = nn.Parameter(torch.arange(3), requires_grad=False)
+    pair = torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.8), optax.sgd(0.0, momentum=0.7)
+    report = parity.check(
+        module, port, torch.randn(5, 4), optimizers=pair, steps=3, dtypes=["float64"], ignore=["count"]
+    )
+    first = report.first_divergence
+    assert (first.place, first.quantity) == ("step 2", "momentum_buffer of weight")
+    assert "KeyError" not in first.fix
+
+
+def test_difference_below_what_can_be_told_apart_gets_no_reason():
+    module, port = small()
+    pair = torch.optim.SGD(module.parameters(), lr=0.1), optax.sgd(0.1 * (1 + 4e-9))
+    first = parity.check(module, port, torch.randn(5, 4), optimizers=pair, dtypes=["float64"]).first_divergence
+    assert first.place.startswith("step ")
+    assert "nesterov" not in first.diagnosis
+
+
+def test_tied_weight_may_be_called_by_its_other_name():
+    case = CASES["tied"]
+    torch.manual_seed(0)
+    original, port = case.original(), case.port(nnx.Rngs(0))
+    for options in ({"names": {"embed.weight": "head.weight"}}, {"ignore": ["head.weight"]}):
+        report = parity.check(original, port, case.batch(), steps=1, dtypes=["float64"], **options)
+        assert report.ok, str(report)
 
 
 def test_buffers_that_the_port_does_not_need_are_ignored_by_name():

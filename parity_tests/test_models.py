@@ -12,8 +12,7 @@ from flax import nnx
 from torch.nn import functional as F  # noqa: N812
 
 from jaxloss.parity import to_torch
-from parity_tests import torch_models
-from train import models
+from train import models, originals
 
 
 def pooled_weights(model: str, framework: str) -> dict[str, np.ndarray]:
@@ -22,7 +21,7 @@ def pooled_weights(model: str, framework: str) -> dict[str, np.ndarray]:
     def draw(seed: int) -> dict[str, np.ndarray]:
         torch.manual_seed(seed)
         if framework == "torch":
-            return {name: weight.numpy() for name, weight in getattr(torch_models, model)().state_dict().items()}
+            return {name: weight.numpy() for name, weight in getattr(originals, model)().state_dict().items()}
         return to_torch(getattr(models, model)(nnx.Rngs(seed)))
 
     draws = [draw(seed) for seed in range(20)]

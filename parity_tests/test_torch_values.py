@@ -118,10 +118,12 @@ def assert_promotes(ours: Callable, theirs: Callable, inputs: np.ndarray, target
         assert relative_l2(found, exact) <= 4 * HALF_UNIT[str(found.dtype)], (first, second)
 
 
+@pytest.mark.rounding
 def test_probability_targets_promote(x64):
     assert_promotes(jaxloss.cross_entropy, F.cross_entropy, LOGITS, PROBABILITIES)
 
 
+@pytest.mark.rounding
 def test_float32_in_the_place_of_promotion_fails_that_comparison(x64):
     def wrong(x, t):
         right = jaxloss.cross_entropy(x, t)
@@ -169,6 +171,7 @@ def test_log_softmax_edge_value(case, x64):
         assert theirs == 0
 
 
+@pytest.mark.rounding
 def test_log_softmax_casts_before(x64):
     logits, cases = np.array([[0, 1, 30], [2, 2, 200]]), []
     for kind, dtype in itertools.product([*FLOATS, "int32", "uint8"], FLOATS):
@@ -232,6 +235,7 @@ def test_kl_div_of_no_elements(reduction):
     np.testing.assert_array_equal(loss, {"sum": 0.0, "none": empty}.get(reduction, NAN))
 
 
+@pytest.mark.rounding
 def test_kl_div_promotes(x64):
     ours, theirs = (partial(kl_div, reduction="batchmean") for kl_div in (jaxloss.kl_div, F.kl_div))
     assert_promotes(ours, theirs, -np.abs(LOGITS), PROBABILITIES)

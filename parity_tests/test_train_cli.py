@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parity_tests import torch_models
 from parity_tests.test_train_data import NEEDS_DATA, Capture
+from train import originals
 from train.__main__ import main
 from train.config import RECIPES, Config
 from train.data import load
@@ -106,7 +106,7 @@ def test_training_and_saving_load_no_torch(tmp_path: Path) -> None:
 
 def torch_accuracy(model: str, folder: Path) -> float:
     """What PyTorch's original makes of the digits with the weights in a run's folder."""
-    module = {"cnn": torch_models.CNN, "net": torch_models.Net}[model]()
+    module = {"cnn": originals.CNN, "net": originals.Net}[model]()
     module.load_state_dict(load_file(folder / model / "model.safetensors"))
     images, labels = (torch.from_numpy(np.asarray(part)) for part in load("digits").test[:2])
     with torch.no_grad():

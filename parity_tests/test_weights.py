@@ -19,9 +19,8 @@ from flax import nnx
 from torch import nn
 
 from jaxloss.parity import load_torch, to_torch, weight_map
-from parity_tests import torch_models
 from parity_tests.gates import assert_float64_close
-from train import models
+from train import models, originals
 
 MODELS = ["CNN", "Net", "ExNN"]
 RNGS = nnx.Rngs(0)
@@ -155,7 +154,7 @@ def abstract(model: str) -> Any:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", MODELS)
 def test_round_trip_keeps_every_bit(model, dtype):
-    shapes = {name: tensor.shape for name, tensor in getattr(torch_models, model)().state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in getattr(originals, model)().state_dict().items()}
     state = {name: random_bits(shape, jnp.dtype(dtype)) for name, shape in shapes.items()}
     with jax.enable_x64(dtype == "float64"):
         port = load_torch(abstract(model), state)
@@ -177,7 +176,7 @@ def test_transposed_tensors_keep_every_bit(dtype):
 @pytest.mark.parametrize("model", MODELS)
 def test_to_torch_loads_into_the_original(model):
     weights = to_torch(getattr(models, model)(nnx.Rngs(0)))
-    original = getattr(torch_models, model)()
+    original = getattr(originals, model)()
     original.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()}, strict=True)
 
 
@@ -353,22 +352,54 @@ def test_layers_without_namesakes_are_paired_in_order_and_printed(capsys):
     assert_same_bits(to_torch(port, names=names), {name: tensor.numpy() for name, tensor in state.items()})
 
 
-def test_numbers_are_no_names_where_the_frameworks_count_otherwise(capsys):
+def test_numbers_are_no_names_where_the_frameworks_count_otherwise():
     port = nnx.Sequential(*(nnx.Linear(4, 4, rngs=RNGS) for _ in range(3)))
     original = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     assert weight_map(port, original.state_dict())["2.weight"] == "4.weight"
     assert weight_map(port, original.state_dict())["1.weight"] == "2.weight"
 
 
-def test_map_can_be_changed(capsys):
+def test_map_can_be_changed_and_a_weight_takes_its_layer_along(capsys):
     state = numbered().state_dict()
-    names = weight_map(Renamed(), state)
-    names["body.0.weight"], names["body.1.weight"] = names["body.1.weight"], names["body.0.weight"]
-    port = load_torch(Renamed(), state, names=names)
-    assert capsys.readouterr().out == ""
-    assert same_bits(port.body.layers[0].kernel[...], state["2.weight"].numpy().T)
+    whole = weight_map(Renamed(), state)
+    for kind in ("weight", "bias"):
+        first, second = f"body.0.{kind}", f"body.1.{kind}"
+        whole[first], whole[second] = whole[second], whole[first]
+    weights = {name: theirs for name, theirs in whole.items() if name.endswith("weight")}
+    for names in (whole, weights):
+        port = load_torch(Renamed(), state, names=names)
+        assert same_bits(port.body.layers[0].kernel[...], state["2.weight"].numpy().T)
+        assert same_bits(port.body.layers[0].bias[...], state["2.bias"].numpy())
+        assert same_bits(port.body.layers[1].bias[...], state["0.bias"].numpy())
     with pytest.raises(ValueError, match=r"no body\.2\.weight in the module, no 9\.weight in PyTorch"):
         load_torch(Renamed(), state, names={"body.2.weight": "9.weight"})
+
+
+class Sorted(nnx.Module):
+    """Layers of one shape, not defined in the order of their names."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.inp, self.hid, self.fc = (nnx.Linear(4, 4, rngs=rngs) for _ in range(3))
+
+
+def test_order_that_flax_has_sorted_is_not_guessed(capsys):
+    original = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    state = original.state_dict()
+    right = weight_map(load_torch(Sorted(), state), state)
+    assert right["hid.weight"] == "1.weight"
+    for module in (nnx.eval_shape(Sorted), nnx.clone(Sorted())):
+        with pytest.raises(ValueError, match="fc, hid, inp have the same shapes"):
+            load_torch(module, state)
+        assert same_bits(load_torch(module, state, names=right).hid.bias[...], state["1.bias"].numpy())
+
+
+def test_names_that_would_lose_a_weight_are_refused():
+    port = Sorted()
+    with pytest.raises(ValueError, match=r"hid\.weight would be two weights"):
+        to_torch(port, names={"inp.weight": "hid.weight"})
+    with pytest.raises(ValueError, match=r"no out\.weight in the module"):
+        to_torch(port, names={"out.weight": "0.weight"})
 
 
 def test_what_the_port_does_not_need_is_ignored_by_name_or_pattern():
@@ -377,6 +408,7 @@ def test_what_the_port_does_not_need_is_ignored_by_name_or_pattern():
         load_torch(nnx.Linear(2, 2, rngs=RNGS), state)
     for ignore in ("attn.mask", "*.mask"):
         load_torch(nnx.Linear(2, 2, rngs=RNGS), state, ignore=[ignore])
+    load_torch(nnx.BatchNorm(2, rngs=RNGS), nn.BatchNorm1d(2).state_dict(), ignore=["num_batches_tracked"])
     with pytest.raises(ValueError, match=r"ignore: the state_dict has no attn\.bias"):
         load_torch(nnx.Linear(2, 2, rngs=RNGS), state, ignore=["attn.mask", "attn.bias"])
 
@@ -441,7 +473,7 @@ SAVERS: dict[str, Callable[[dict[str, torch.Tensor], Path], None]] = {
 @pytest.mark.parametrize("filename", SAVERS)
 @pytest.mark.parametrize("kind", [str, Path])
 def test_files_are_read(tmp_path, filename, dtype, kind):
-    state = torch_models.CNN().to(dtype).state_dict()
+    state = originals.CNN().to(dtype).state_dict()
     SAVERS[filename](state, tmp_path / filename)
     from_file = load_torch(abstract("CNN"), kind(tmp_path / filename))
     assert_same_bits(to_torch(from_file), to_torch(load_torch(abstract("CNN"), state)))
@@ -450,7 +482,7 @@ def test_files_are_read(tmp_path, filename, dtype, kind):
 def test_safetensors_written_from_flax_are_read_by_torch(tmp_path):
     port = models.CNN(nnx.Rngs(0))
     safetensors.numpy.save_file(to_torch(port), tmp_path / "model.safetensors")
-    original = torch_models.CNN()
+    original = originals.CNN()
     original.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"), strict=True)
     assert_same_bits(to_torch(port), {name: tensor.numpy() for name, tensor in original.state_dict().items()})
 
@@ -489,7 +521,7 @@ def test_pickle_that_runs_code_is_refused(tmp_path, save, monkeypatch):
 def test_broken_file_is_named(tmp_path, filename, contents):
     path = tmp_path / filename
     if contents == "truncated":
-        SAVERS[filename](torch_models.CNN().state_dict(), path)
+        SAVERS[filename](originals.CNN().state_dict(), path)
         contents = path.read_bytes()[:2000]
     path.write_bytes(contents)
     with pytest.raises(ValueError, match=filename):

@@ -13,8 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
 from jaxloss.parity import Report, check, load_torch
-from parity_tests import torch_models
-from train import models
+from train import models, originals
 
 
 class TorchResidual(nn.Module):
@@ -234,8 +233,8 @@ def randomise(module: nn.Module) -> nn.Module:
 
 
 CASES = {
-    "cnn": Case(torch_models.CNN, models.CNN, images(1, 28)),
-    "net": Case(torch_models.Net, models.Net, images(1, 28), (F.nll_loss, jaxloss.nll_loss)),
+    "cnn": Case(originals.CNN, models.CNN, images(1, 28)),
+    "net": Case(originals.Net, models.Net, images(1, 28), (F.nll_loss, jaxloss.nll_loss)),
     "residual": Case(TorchResidual, FlaxResidual, images(3, 12)),
     "flat": Case(TorchFlat, FlaxFlat, lambda: torch.randn(6, 1, 7, 5), flatten={"fc": (4, 5, 3)}),
     "tied": Case(TorchTied, FlaxTied, lambda: torch.randint(7, (6, 5)), ignore=("head.weight",)),

@@ -10,7 +10,8 @@ from tyro.conf import arg
 
 ModelName = Literal["cnn", "net"]
 DataName = Literal["digits", "mnist", "fashion-mnist"]
-OptimizerName = Literal["sgd", "adam", "adamw"]
+OptimizerName = Literal["sgd", "adam", "adamw", "adadelta"]
+RngName = Literal["torch", "jax"]
 
 
 class UserError(Exception):
@@ -48,7 +49,12 @@ RECIPES: dict[DataName, dict[ModelName, Recipe]] = {
     "fashion-mnist": MNIST_RECIPES,
 }
 # Learning rate and momentum for an optimizer that is not the recipe's own.
-RATES: dict[OptimizerName, tuple[float, float]] = {"sgd": (1e-2, 0.5), "adam": (1e-3, 0.0), "adamw": (1e-3, 0.0)}
+RATES: dict[OptimizerName, tuple[float, float]] = {
+    "sgd": (1e-2, 0.5),
+    "adam": (1e-3, 0.0),
+    "adamw": (1e-3, 0.0),
+    "adadelta": (1.0, 0.0),
+}
 
 
 def _per_model(field: str, text: str) -> Any:
@@ -74,12 +80,14 @@ class Config:
     """What to train."""
     epochs: Annotated[int | None, _per_model("epochs", "Passes over the training images.")] = None
     batch_size: Annotated[int | None, _per_model("batch_size", "Images per step.")] = None
-    optimizer: Annotated[OptimizerName | None, _per_model("optimizer", "From optax, with PyTorch's defaults.")] = None
+    optimizer: Annotated[OptimizerName | None, _per_model("optimizer", "PyTorch's, with its defaults.")] = None
     lr: Annotated[float | None, _per_model("lr", "Learning rate.")] = None
     momentum: Annotated[float | None, _per_model("momentum", "For sgd only, in [0, 1).")] = None
     gamma: Annotated[float | None, _per_model("gamma", "Multiplies lr after each epoch; in (0, 1].")] = None
     seed: int = 0
     """Draws the initial weights, the order of the images and the dropout masks."""
+    rng: RngName = "torch"
+    """torch: what PyTorch draws for this seed, so that its training is repeated; jax: from jax.random."""
     log_interval: int = 0
     """Print the loss of every k-th step, which waits for that step; 0: never."""
     dry_run: bool = False

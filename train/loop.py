@@ -16,17 +16,19 @@ from flax import nnx
 from jax import Array
 
 from jaxloss import cross_entropy, nll_loss
-from train.config import ModelName, Recipe, UserError
+from jaxloss.parity import optimizer_by_name
+from train.config import ModelName, Recipe, RngName, UserError
 from train.data import Dataset, Split
-from train.models import CNN, Net
+from train.models import DropoutMasks
+from train.randomness import RANDOMNESS
 
 IGNORED = -100  # the losses' default ignore_index, as the label of the rows that only fill up a batch
 EVALUATION_BATCH = 250
 
 Loss = Callable[..., Array]
-MODELS: dict[ModelName, tuple[Callable[[nnx.Rngs], nnx.Module], Loss]] = {
-    "cnn": (CNN, cross_entropy),  # returns logits
-    "net": (Net, nll_loss),  # returns log-probabilities
+LOSSES: dict[ModelName, Loss] = {
+    "cnn": cross_entropy,  # of logits
+    "net": nll_loss,  # of log-probabilities
 }
 
 
@@ -74,14 +76,9 @@ def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransf
 
     The notes' loop did this after each validation batch, which makes the rate depend on the batch size.
     """
-    rate = optax.exponential_decay(recipe.lr, steps_per_epoch, recipe.gamma, staircase=True)
-    match recipe.optimizer:
-        case "sgd":
-            return optax.sgd(rate, momentum=recipe.momentum or None)
-        case "adam":
-            return optax.adam(rate)
-        case "adamw":
-            return optax.adamw(rate, weight_decay=1e-2)
+    name = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "adadelta": "Adadelta"}[recipe.optimizer]
+    options = {"momentum": recipe.momentum} if name == "SGD" else {}
+    return optimizer_by_name(name, lr=lambda count: recipe.lr * recipe.gamma ** (count // steps_per_epoch), **options)
 
 
 def batched(order: np.ndarray, size: int) -> np.ndarray:
@@ -89,9 +86,9 @@ def batched(order: np.ndarray, size: int) -> np.ndarray:
     return np.pad(order.astype(np.int32), (0, -len(order) % size), constant_values=-1).reshape(-1, size)
 
 
-def take(split: Split, rows: Array) -> tuple[Array, Array]:
+def take(split: Split, rows: Array, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[Array, Array]:
     """Pixels as a model sees them, with a channel axis, and labels; row -1 is some image with the ignored label."""
-    images = jnp.asarray(split.images)[rows, :, :, None].astype(jnp.float32) / 255
+    images = jnp.asarray(split.images)[rows, :, :, None].astype(dtype) / 255
     labels = jnp.where(rows < 0, IGNORED, jnp.asarray(split.labels)[rows].astype(jnp.int32))
     return (images - split.mean) / split.deviation, labels
 
@@ -110,18 +107,29 @@ def read(totals: Totals, steps: int, images: int, start: float) -> Phase:
 
 def count_correct(outputs: Array, labels: Array) -> Array:
     """How many rows have their largest output at the label; ignored rows never do."""
-    return jnp.sum(outputs.argmax(axis=-1) == labels)
+    return jnp.sum(outputs.argmax(axis=-1) == labels, dtype=jnp.int32)
+
+
+def dtype_of(params: nnx.State) -> np.dtype:
+    """The one in which a model computes."""
+    return jax.tree.leaves(params)[0].dtype
 
 
 def training_step(
-    graph: nnx.GraphDef, loss: Loss, optimizer: optax.GradientTransformation, state: State, split: Split, rows: Array
+    graph: nnx.GraphDef,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    state: State,
+    split: Split,
+    rows: Array,
+    masks: tuple[DropoutMasks, ...] = (),
 ) -> tuple[State, Array]:
-    """One optimizer step on the images at ``rows``; also returns their mean loss."""
-    images, labels = take(split, rows)
+    """One optimizer step on the images at ``rows``, with dropout's masks if it gets any; also their mean loss."""
+    images, labels = take(split, rows, dtype_of(state.params))
 
     def objective(params: nnx.State) -> tuple[Array, tuple[Array, nnx.State]]:
         module = nnx.merge(graph, params, state.streams, copy=True)  # a stream may only advance in its own trace
-        outputs = module(images)
+        outputs = module(images, *masks)
         return loss(outputs, labels), (outputs, nnx.state(module, nnx.RngState))
 
     (cost, (outputs, streams)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
@@ -139,7 +147,7 @@ def evaluation_step(
     graph: nnx.GraphDef, loss: Loss, params: nnx.State, streams: nnx.State, totals: Totals, split: Split, rows: Array
 ) -> tuple[Totals, Array]:
     """Add the images at ``rows`` to ``totals``; also returns the model's outputs for them."""
-    images, labels = take(split, rows)
+    images, labels = take(split, rows, dtype_of(params))
     outputs = nnx.merge(graph, params, streams)(images)
     total = loss(outputs, labels, reduction="sum")
     mean = total / jnp.sum(rows >= 0)
@@ -150,18 +158,27 @@ def evaluation_step(
 class Learner:
     """A model, its images on the device and its two compiled steps."""
 
-    def __init__(self, model: ModelName, recipe: Recipe, data: Dataset, seed: int) -> None:
+    def __init__(
+        self,
+        model: ModelName,
+        recipe: Recipe,
+        data: Dataset,
+        seed: int,
+        rng: RngName = "torch",
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> None:
         """Draw the weights from ``seed`` and compile; nothing compiles after this."""
         start = time.perf_counter()
         self.model: ModelName = model
-        self.recipe, self.seed = recipe, seed
+        self.recipe, self.random = recipe, RANDOMNESS[rng](model, seed)
         self.train, self.test = jax.device_put(data.train), jax.device_put(data.test)
         self.batch_size = min(recipe.batch_size, len(data.train.labels))
         self.steps_per_epoch = math.ceil(len(data.train.labels) / self.batch_size)
 
-        build, self.loss = MODELS[model]
-        module = build(nnx.Rngs(seed))
+        self.loss = LOSSES[model]
+        module = self.random.module()
         self.graph, params, streams = nnx.split(module, nnx.Param, nnx.RngState)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         module.eval()
         evaluating = nnx.graphdef(module)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -170,7 +187,8 @@ class Learner:
 
         train = jax.jit(partial(training_step, self.graph, self.loss, optimizer), donate_argnums=0)
         rows = np.zeros(self.batch_size, np.int32)
-        self._step = train.lower(self.state, self.train, rows).compile()
+        masks = self.random.masks(0, self.batch_size)
+        self._step = train.lower(self.state, self.train, rows, masks).compile()
         evaluate = jax.jit(partial(evaluation_step, evaluating, self.loss))
         rows = np.zeros(EVALUATION_BATCH, np.int32)
         self._evaluate = evaluate.lower(params, streams, zero_totals(), self.test, rows).compile()
@@ -185,6 +203,7 @@ class Learner:
         for number in range(1, self.recipe.epochs + 1):  # the notes' range(epochs + 1) trained one too many
             training = self.train_epoch(number, stop, on_step)
             validation, _ = self.evaluate()
+            self.random.evaluated()
             if not math.isfinite(training.loss + validation.loss):
                 raise UserError(f"{self.model}: the loss is not finite after epoch {number}: lower --lr", exit_code=1)
             yield Epoch(number, self.recipe.lr * self.recipe.gamma ** (number - 1), training, validation)
@@ -194,12 +213,13 @@ class Learner:
     def train_epoch(self, number: int, stop: Event, on_step: Callable[[int, Array], None]) -> Phase:
         """Every training image once, in a new order; after at least one step, ``stop`` ends it early."""
         start = time.perf_counter()
-        order = np.random.default_rng([self.seed, number]).permutation(len(self.train.labels))
+        order = self.random.order(number, len(self.train.labels))
         self.state = self.state._replace(totals=zero_totals())
         steps, cost = 0, jnp.zeros(())
         for steps, rows in enumerate(batched(order, self.batch_size), start=1):
             cost.block_until_ready()  # at most one step ahead of the device, so that progress and Ctrl-C are true
-            self.state, cost = self._step(self.state, self.train, rows)
+            masks = self.random.masks(int(np.sum(rows >= 0)), self.batch_size)
+            self.state, cost = self._step(self.state, self.train, rows, masks)
             on_step(steps, cost)
             if stop.is_set():
                 break

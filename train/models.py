@@ -43,13 +43,17 @@ class CNN(nnx.Module):
 class Net(nnx.Module):
     """Two convolutions and two linear layers with dropout. Returns log-probabilities, for `jaxloss.nll_loss`."""
 
+    RATE = 0.5  # of both dropouts
+
     def __init__(self, rngs: nnx.Rngs) -> None:
         """Draws the weights, and later the dropout masks, from `rngs`."""
         self.conv1 = _conv(1, 10, 5, padding=0, rngs=rngs)
         self.conv2 = _conv(10, 20, 5, padding=0, rngs=rngs)
-        self.conv2_drop = nnx.Dropout(0.5, broadcast_dims=(1, 2), rngs=rngs)  # PyTorch's Dropout2d: whole channels
+        self.conv2_drop = nnx.Dropout(
+            self.RATE, broadcast_dims=(1, 2), rngs=rngs
+        )  # PyTorch's Dropout2d: whole channels
         self.fc1 = _linear((4, 4, 20), 50, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.dropout = nnx.Dropout(self.RATE, rngs=rngs)
         self.fc2 = _linear((50,), 10, rngs=rngs)
 
     def __call__(

@@ -34,7 +34,7 @@ def run(config: Config) -> int:
     results = []
     with _interruptible() as interrupted:
         for model in config.models:
-            learner = Learner(model, config.recipe(model), data, config.seed)
+            learner = Learner(model, config.recipe(model), data, config.seed, config.rng)
             results.append(_train(learner, config, folder, interrupted, console))
             if folder:
                 _save(results[-1], folder / model, data, weights=config.save_model or interrupted.is_set())
@@ -54,7 +54,7 @@ def run(config: Config) -> int:
 def _train(learner: Learner, config: Config, folder: Path | None, interrupted: Event, console: Console) -> Result:
     """Train one model; print and record each epoch as it ends."""
     recipe = ", ".join(f"{name} {value}" for name, value in asdict(learner.recipe).items())
-    console.print(f"{learner.model}: {learner.loss.__name__}, {recipe}, seed {config.seed}")
+    console.print(f"{learner.model}: {learner.loss.__name__}, {recipe}, seed {config.seed}, rng {config.rng}")
     stop = interrupted
     if config.dry_run:  # stopped from the start, a model still takes one step
         stop = Event()

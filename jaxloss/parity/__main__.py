@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +35,10 @@ with 4-D ones transposed, those as flax_NAME"""
     """write the report here too"""
     loss: Literal["cross_entropy", "nll_loss", "none"] = "cross_entropy"
     """what the outputs are for"""
+    names: dict[str, str] = field(default_factory=dict)
+    """the port's names of weights and PyTorch's, in turn, where they would be paired otherwise"""
+    ignore: tuple[str, ...] = ()
+    """names of PyTorch's weights or buffers that the port does not need, or patterns"""
     train: bool = False
     """train mode, with the same dropout masks in both"""
     steps: int = 10
@@ -61,6 +65,8 @@ with 4-D ones transposed, those as flax_NAME"""
                 flax_model,
                 theirs,
                 ours,
+                names=self.names,
+                ignore=self.ignore,
                 losses=losses,
                 train=self.train,
                 steps=self.steps,

@@ -20,9 +20,9 @@ from jaxloss.parity._subject import Subject
 def diagnose(subject: Subject, failures: Sequence[Failure], optimizer: torch.optim.Optimizer | None) -> None:
     """Classes every failure, and explains the first, in its finding."""
     for failure in failures:
-        fault = classify(failure.ours, failure.theirs)
+        fault = classify(failure.ours, failure.theirs, linear_image=_is_sketch(subject, failure))
         failure.finding.kind, failure.finding.diagnosis = fault.kind, fault.seen
-    if failures:
+    if failures and not matches(failures[0].ours, failures[0].theirs):
         first = failures[0]
         explain = explain_step(subject, failures, optimizer) if _is_step(first) else _explanations(subject, first)
         try:
@@ -38,6 +38,11 @@ def diagnose(subject: Subject, failures: Sequence[Failure], optimizer: torch.opt
 
 def _is_step(failure: Failure) -> bool:
     return failure.finding.place.startswith("step ")
+
+
+def _is_sketch(subject: Subject, failure: Failure) -> bool:
+    name = failure.finding.quantity.rpartition(" of ")[2]
+    return _is_step(failure) and failure.ours.shape != subject.exact.port.weights[name].variable.shape
 
 
 def _sentence(text: str) -> str:
@@ -199,7 +204,7 @@ def _other_dropout(subject: Subject, windows: range) -> Iterator[Explanation]:
     if counts[0] != counts[1]:
         fix = "drop as often: in eval mode, or at rate 0, a port does not"
         yield Explanation(f"the port drops {counts[0]} times in a run, PyTorch {counts[1]} times", fix)
-    for drop, (rate, broadcast) in zip(subject.exact.recording.drops, subject.drops, strict=False):
+    for drop, (rate, broadcast, _) in zip(subject.exact.recording.drops, subject.drops, strict=False):
         if drop.window in windows and rate != drop.rate:
             yield Explanation(f"the port drops at rate {rate:g}, PyTorch at {drop.rate:g}", f"pass rate={drop.rate:g}")
         if drop.window in windows and drop.whole_channels != bool(broadcast):

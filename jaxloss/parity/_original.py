@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from jaxloss.parity._changes import Change, changes, dropped
+from jaxloss.parity._masks import Drop
 from jaxloss.parity._pairs import Call
 from jaxloss.parity._state_dict import to_numpy
 
@@ -50,7 +51,7 @@ class Recording:
     parameter_gradients: dict[str, np.ndarray]
     buffers: dict[str, np.ndarray]  # after the run
     masks: list[np.ndarray]  # what dropout kept, call by call
-    drops: list["Drop"]
+    drops: list[Drop]
     random: list[str]  # functions that draw random numbers, other than dropout
     flattened: dict[Call, tuple[int, ...]]  # (channels, *spatial) of the feature map that a layer's input was
     mutated: list[int]  # inputs that the module changed in place
@@ -72,13 +73,20 @@ def _floor(gradients: Iterable[np.ndarray]) -> float:
 
 
 class State(Mapping[str, np.ndarray]):
-    """Parameters and buffers of a module's state_dict, shared ones by their first name alone; copied when asked for."""
+    """Parameters and buffers of a module's state_dict, shared ones by their first name alone; copied when asked for.
+
+    Attributes:
+        tied: the first names of shared ones by their other names.
+    """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         """Copies nothing."""
         first = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-        self._tensors = {name: tensor for name, tensor in module.state_dict().items() if name in first}
+        tensors = module.state_dict()
+        self._tensors = {name: tensor for name, tensor in tensors.items() if name in first}
         self._dtype = dtype
+        starts = {tensor.data_ptr(): name for name, tensor in self._tensors.items()}
+        self.tied = {name: starts.get(t.data_ptr(), "") for name, t in tensors.items() if name not in first}
 
     def __getitem__(self, name: str) -> np.ndarray:
         """In the dtype of the state, if it is floating."""
@@ -232,15 +240,6 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return a.tobytes() == b.tobytes()
 
 
-class Drop(NamedTuple):
-    """A call of dropout."""
-
-    window: int  # how many layers were called before
-    rate: float
-    whole_channels: bool
-    feature_map: tuple[int, ...] | None  # (channels, *spatial), if one was flattened before
-
-
 class Functions(TorchFunctionMode):
     """Sees every PyTorch function called: sets dropout's masks, follows flattened feature maps, and can change a call.
 
@@ -281,11 +280,12 @@ class Functions(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _WHOLE_CHANNELS:
             return self._drop(func, args, kwargs)
-        if (name := getattr(func, "__name__", "")) in _RANDOM or kwargs.get("dropout_p"):
-            self.random[name] = None
         if (chosen := self._watch(func, args, kwargs)) is not None:
             return chosen.result()
+        before = torch.get_rng_state()
         result = func(*args, **kwargs)
+        if not torch.equal(before, torch.get_rng_state()):
+            self.random[getattr(func, "__name__", str(func))] = None
         if isinstance(result, Tensor) and args and isinstance(args[0], Tensor):
             source = args[0].shape
             if len(source) > 2 and len(result.shape) == 2 and source[0] == result.shape[0]:
@@ -320,11 +320,6 @@ class Functions(TorchFunctionMode):
         return x.copy_(result) if inplace else result
 
 
-_RANDOM = {
-    *("alpha_dropout", "feature_alpha_dropout", "multinomial", "rrelu"),
-    *("bernoulli", "bernoulli_", "exponential_", "normal", "normal_", "random_", "uniform_"),
-    *("rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm"),
-}
 _WHOLE_CHANNELS: dict[Callable[..., Tensor], bool] = {
     F.dropout: False,
     F.dropout1d: True,

@@ -1,5 +1,6 @@
 """Which weight and which call of a port is which of its original, and how their arrays are laid out."""
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,11 +35,19 @@ def pair_weights(
     their_order: Iterable[str] = (),
     given: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Our names → theirs: as given; layers by name; and the rest by shape, in the order of calls or of definition."""
+    """Our names → theirs: as given; layers by name; and the rest by shape, in the order of calls or of definition.
+
+    A weight that is given takes the rest of its layer along, if all that are given of it come from one layer.
+    """
     known = dict(given or {})
     our_layers = _by_layer({name: shape for name, shape in ours.items() if name not in known}, our_order)
     their_layers = _by_layer({name: shape for name, shape in theirs.items() if name not in known.values()}, their_order)
-    pairs = {layer: layer for layer in _namesakes(our_layers, their_layers)}
+    pairs = {mine: other for mine, other in _layers_given(known).items() if {mine} <= our_layers.keys()}
+    pairs |= {
+        layer: layer
+        for layer in _namesakes(our_layers, their_layers)
+        if layer not in pairs and layer not in pairs.values()
+    }
     for signature in (_all_shapes, _weight_shape):
         rest = [layer for layer in their_layers if layer not in pairs.values()]
         for layer in [layer for layer in our_layers if layer not in pairs]:
@@ -51,8 +60,43 @@ def pair_weights(
         _join(layer, kind): _join(other, kind)
         for layer, other in pairs.items()
         for kind in our_layers[layer]
-        if kind in their_layers[other]
+        if kind in their_layers.get(other, {})
     }
+
+
+def _layers_given(names: Mapping[str, str]) -> dict[str, str]:
+    layers: dict[str, set[str]] = defaultdict(set)
+    for mine, theirs in names.items():
+        layers[mine.rpartition(".")[0]].add(theirs.rpartition(".")[0])
+    return {mine: others.pop() for mine, others in layers.items() if len(others) == 1}
+
+
+def guesses(pairs: Mapping[str, str], shapes: Shapes) -> list[str]:
+    """Of the pairs of other names: the layers that only their order tells from each other, and nothing proves it.
+
+    Flax sorts the attributes of a module that it has copied or made without arrays. So names in sorted order say
+    nothing of the order of definition, unless others in the module are not sorted, or it is numbers that differ.
+    """
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in shapes))
+    alike: dict[object, list[str]] = defaultdict(list)
+    for mine, kinds in _by_layer(shapes, layers).items():
+        if any(pairs.get(_join(mine, kind), _join(mine, kind)) != _join(mine, kind) for kind in kinds):
+            alike[_all_shapes(kinds)].append(mine)
+    steps = [_step(a, b) for a, b in itertools.pairwise(layers)]
+    if any(not a.isdigit() and a > b for a, b in steps):
+        return []
+    return [
+        layer
+        for group in alike.values()
+        if any(not a.isdigit() for a, _ in itertools.starmap(_step, itertools.pairwise(group)))
+        for layer in group
+    ]
+
+
+def _step(a: str, b: str) -> tuple[str, str]:
+    """The first parts in which two names differ."""
+    both = zip(a.split("."), b.split("."), strict=False)
+    return next(((x, y) for x, y in both if x != y), ("0", "0"))
 
 
 def _namesakes(ours: Iterable[str], theirs: Iterable[str]) -> list[str]:

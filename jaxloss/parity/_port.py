@@ -1,17 +1,18 @@
 """A Flax NNX module opened up: run with any weights, every layer's call handed to a hook."""
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from jax.extend.core import get_opaque_trace_state
 
+from jaxloss.parity._masks import PortDrop
 from jaxloss.parity._pairs import Call
 from jaxloss.parity.weights import weights_of
 
@@ -21,6 +22,18 @@ Hook = Callable[[object, Callable[..., Any], tuple[Any, ...], dict[str, Any]], A
 _DROPOUTS = (nnx.Dropout, linen.Dropout)
 
 _hook: ContextVar[Hook | None] = ContextVar("hook", default=None)
+
+
+class Run(NamedTuple):
+    """What a run of a port gives."""
+
+    outputs: Any
+    statistics: Arrays  # afterwards
+    tape: "Tape"
+
+
+class InnerTraceError(Exception):
+    """A layer or a dropout is called inside a function that is traced by itself."""
 
 
 class Port:
@@ -73,16 +86,26 @@ class Port:
         array = np.array(array)
         return jnp.array(array, self.dtype if jnp.issubdtype(array.dtype, jnp.floating) else None)
 
-    def run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: "Tape") -> tuple[Any, Arrays]:
-        """The outputs, and the statistics afterwards."""
+    def run(self, values: Mapping[str, Any], inputs: Sequence[Any], tape: Callable[[], "Tape"]) -> Run:
+        """The outputs, the statistics afterwards, and the tape that has seen it all."""
+        try:
+            return self._run(values, inputs, tape())
+        except InnerTraceError:  # a jit keeps what it traced of one run for the next: without it, calls are seen
+            again = tape()
+            again.inline = True
+            with jax.disable_jit():
+                return self._run(values, inputs, again)
+
+    def _run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: "Tape") -> Run:
         module = nnx.merge(self._graph, self._state, copy=True)
         weights = weights_of(module, self.flatten)
         for name, value in values.items():
             weights[name].variable.set_value(value)
         hook.names = {id(weights[name].layer): weights[name].layer_name for name in reversed(list(values))}
-        with _hooks(hook), jax.disable_jit():  # a jit inside would keep what it traced of another run
+        with _hooks(hook):
             outputs = module(*inputs)
-        return outputs, {name: weights[name].variable.get_value() for name in values if name not in self.parameters}
+        after = {name: weights[name].variable.get_value() for name in values if name not in self.parameters}
+        return Run(outputs, after, hook)
 
 
 class Tape:
@@ -92,7 +115,10 @@ class Tape:
         """Watches the layers of these names."""
         self.names: dict[int, str] = {}
         self.arrived: dict[Call, list[Any]] = {}  # in the order of the calls
-        self.drops: list[Any] = []  # called so far
+        self.drops: list[PortDrop] = []  # so far
+        self.outputs: dict[Call, Any] = {}
+        self.inline = False  # whether jit is disabled
+        self._trace = get_opaque_trace_state()
         self._layers, self._masks = set(layers), masks
         self._counts: dict[str, int] = {}
 
@@ -109,9 +135,10 @@ class Tape:
         if isinstance(module, _DROPOUTS):
             x, *given = args
             off = kwargs.get("deterministic", given[0] if given else None)
-            if not (module.deterministic if off is None else off):
+            if not (module.deterministic if off is None else off) and module.rate:
+                self._left_whole()
                 return self._drop(module, x)
-        if name is None or name not in self._layers:
+        if name is None or name not in self._layers or self._left_whole():
             return function(*args, **kwargs)
         index = self._counts[name] = self._counts.get(name, -1) + 1
         arrays = [arg for arg in args if isinstance(arg, jax.Array | np.ndarray)]
@@ -127,24 +154,24 @@ class Tape:
         """What a layer returns."""
         return compute(*arrays)
 
+    def _left_whole(self) -> bool:
+        """Whether this call is inside a jit, a checkpoint, a condition, …; with a jit, all is run again without it."""
+        inside = get_opaque_trace_state() != self._trace
+        if inside and not self.inline:
+            raise InnerTraceError
+        return inside
+
     def _drop(self, module: Any, x: jax.Array) -> jax.Array:
-        if module.rate == 0:
-            return x
-        self.drops.append(module)
+        self.drops.append(PortDrop(module.rate, tuple(module.broadcast_dims), x.shape))
         if len(self.drops) > len(self._masks):  # the original does not drop here, and the difference must show
             mask = jax.random.bernoulli(jax.random.key(len(self.drops)), 1 - module.rate, x.shape)
         else:
-            mask = _fit_mask(self._masks[len(self.drops) - 1], x.shape, tuple(module.broadcast_dims))
+            mask = self._masks[len(self.drops) - 1]
         return jnp.where(mask, x / (1 - module.rate) if module.rate < 1 else x, 0)
 
 
 class Free(Tape):
     """Lets every layer compute from what arrives."""
-
-    def __init__(self, layers: Sequence[str], masks: Sequence[Any]) -> None:
-        """Watches the layers of these names."""
-        super().__init__(layers, masks)
-        self.outputs: dict[Call, Any] = {}
 
     def layer(self, call: Call, compute: Callable[..., Any], arrays: list[Any]) -> Any:
         """The layer's output."""
@@ -164,7 +191,7 @@ class Cut(Tape):
     ) -> None:
         """Cuts the calls that have inputs and outputs; others are left whole."""
         super().__init__(layers, masks)
-        self.inputs, self.forced, self.outputs = inputs, outputs, {}
+        self.inputs, self.forced = inputs, outputs
 
     def layer(self, call: Call, compute: Callable[..., Any], arrays: list[Any]) -> Any:
         """The original's output."""
@@ -205,28 +232,3 @@ def leaf_layers(owners: Mapping[str, object]) -> list[str]:
 
 def _inside(name: str, parent: str) -> bool:
     return name != parent and (not parent or name.startswith(parent + "."))
-
-
-def _fit_mask(mask: Any, shape: tuple[int, ...], broadcast: tuple[int, ...]) -> Any:
-    """The original's mask in the port's layout, made as coarse or as fine as the port's dropout would draw it."""
-    if mask.ndim != len(shape):  # one drops before it flattens, the other after
-        moved = jnp.moveaxis(mask, 1, -1) if mask.ndim > 2 else mask
-        if mask.size != math.prod(shape):
-            return jax.random.bernoulli(jax.random.key(0), 0.5, shape)
-        return moved.reshape(shape)
-    if mask.ndim > 2:
-        moved = jnp.moveaxis(mask, 1, -1)
-        first, second = (moved, mask) if mask.ndim > 3 else (mask, moved)  # sequences are laid out alike in both
-        mask = first if _broadcasts(first.shape, shape) else second
-    broadcast = tuple(axis % len(shape) for axis in broadcast)
-    coarse = [axis for axis in range(len(shape)) if mask.shape[axis] < shape[axis]]
-    if set(coarse) - set(broadcast):  # the port would drop elements where the original drops whole channels
-        fine = jax.random.bernoulli(jax.random.key(0), 0.5, shape)
-        return jnp.where(fine, mask, jnp.flip(mask, 0))
-    for axis in broadcast:
-        mask = jax.lax.slice_in_dim(mask, 0, 1, axis=axis)
-    return mask
-
-
-def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
-    return len(shape) == len(full) and all(a in (1, b) for a, b in zip(shape, full, strict=True))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxloss.parity._batch import Batch
+from jaxloss.parity._masks import PortDrop
 from jaxloss.parity._original import Recording
 from jaxloss.parity._pairs import CallPair
 from jaxloss.parity._port import Arrays, Call, Cut, Free, Port
@@ -66,8 +67,7 @@ class Programs:
         return FreeRun(loss, *aux, *gradients)
 
     def _free_loss(self, parameters: Arrays, inputs: Any, statistics: Arrays, masks: Any) -> Any:
-        tape = Free(self.port.layers, masks)
-        result, after = self.port.run({**parameters, **statistics}, inputs, tape)
+        result, after, _ = self.port.run({**parameters, **statistics}, inputs, lambda: Free(self.port.layers, masks))
         return self.batch.flax_objective(result), (result, after)
 
     def cut(self, values: Arrays, recording: Recording) -> CutRun:
@@ -103,8 +103,9 @@ class Programs:
     def _cut_total(self, parameters: Arrays, inputs: Any, layer_inputs: Any, outputs: Any, rest: Any) -> Any:
         """A scalar whose gradients are those of all the pieces at once: each piece times its cotangent."""
         statistics, masks, at_inputs, at_outputs, at_result = rest
-        tape = Cut(self.port.layers, masks, layer_inputs, outputs)
-        result, after = self.port.run({**parameters, **statistics}, inputs, tape)
+        result, after, tape = self.port.run(
+            {**parameters, **statistics}, inputs, lambda: Cut(self.port.layers, masks, layer_inputs, outputs)
+        )
         total = jnp.vdot(result, at_result)
         for call, cotangent in at_outputs.items():
             total += jnp.vdot(tape.outputs[call], cotangent)
@@ -119,21 +120,20 @@ class Shapes(NamedTuple):
 
     calls: dict[Call, tuple[list[tuple[int, ...]], tuple[int, ...]]]  # into and out of every layer, in order
     result: tuple[int, ...]
-    drops: list[tuple[float, tuple[int, ...]]]  # rate and broadcast axes of every call of dropout
+    drops: list[PortDrop]
 
 
-def abstract_run(port: Port, batch: Batch, masks: Sequence[np.ndarray]) -> Shapes:
+def abstract_run(port: Port, batch: Batch) -> Shapes:
     """Runs a port without computing anything."""
     shapes = Shapes({}, (), [])
 
     def run(values: Arrays, inputs: Any) -> Any:
-        tape = Free(port.layers, _arrays(masks))
-        result, _ = port.run(values, inputs, tape)
+        result, _, tape = port.run(values, inputs, lambda: Free(port.layers, []))
         for call, arrived in tape.arrived.items():
             output = tape.outputs[call]
             if isinstance(output, jax.Array):
                 shapes.calls[call] = [array.shape for array in arrived], output.shape
-        shapes.drops.extend((layer.rate, tuple(layer.broadcast_dims)) for layer in tape.drops)
+        shapes.drops.extend(tape.drops)
         return result
 
     result = jax.eval_shape(run, port.values(), [port.cast(array) for array in batch.flax_inputs])

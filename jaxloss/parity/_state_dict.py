@@ -1,10 +1,12 @@
 """PyTorch state_dicts in all their forms, as NumPy arrays by name. Reading one never runs code from the file."""
 
+import fnmatch
+import itertools
 import os
 import pickle
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +27,37 @@ _BROKEN = (  # what torch.load raises for broken bytes, found by feeding it tens
 )
 
 
-def read_state_dict(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of a dict or a file by name, without `num_batches_tracked`, and where possible without copying."""
+def read_state_dict(
+    source: Mapping[str, Any] | str | os.PathLike[str], ignore: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """The arrays of a dict or a file by name, without those to ignore, and where possible without copying."""
     entries = source if isinstance(source, Mapping) else _read_file(Path(source))
     if not isinstance(entries, Mapping):
         raise TypeError(f"{source} holds a {type(entries).__name__}, expected a dict of arrays by name.")
     arrays, others = {}, []
+    unwanted = ignored(ignore, [name for name in entries if isinstance(name, str)])
     for name, value in entries.items():
         array = to_array(value)
         if array is None or not isinstance(name, str):
             others.append(f"{name!r} is a {type(value).__name__}")
-        elif name.rpartition(".")[2] != "num_batches_tracked":
+        elif name not in unwanted:
             arrays[name] = array
     if others:
         raise TypeError(f"The state_dict must be a dict of arrays by name, but {', '.join(others)}.")
     return arrays
+
+
+def ignored(patterns: Collection[str], names: Collection[str]) -> set[str]:
+    """The names that fit a pattern, and those of `num_batches_tracked`, which Flax does not have.
+
+    Raises:
+        ValueError: a pattern fits no name.
+    """
+    found = {pattern: fnmatch.filter(names, pattern) for pattern in patterns}
+    if unused := [pattern for pattern, fitting in found.items() if not fitting]:
+        raise ValueError(f"ignore: the state_dict has no {', '.join(unused)}.")
+    counters = (name for name in names if name.rpartition(".")[2] == "num_batches_tracked")
+    return {*itertools.chain(*found.values()), *counters}
 
 
 def _read_file(path: Path) -> Any:

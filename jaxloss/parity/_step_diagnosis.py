@@ -52,7 +52,8 @@ def explain_step(
             subject.backward(original, i)
             step(optimizer)
         tensor = dict(original.module.named_parameters())[theirs]
-        return sketch(layout.to_flax(to_numpy(optimizer.state[tensor][kind] if kind else tensor)))
+        kept = optimizer.state[tensor].get(kind) if kind else tensor
+        return np.empty(0) if kept is None else sketch(layout.to_flax(to_numpy(kept)))
 
     optimizer = subject.trainee(given)[1]
     group = optimizer.param_groups[0]

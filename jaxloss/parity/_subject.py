@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +14,14 @@ from torch import nn
 
 from jaxloss.parity._batch import Batch
 from jaxloss.parity._layout import Layout, Shape, channels_last, same
-from jaxloss.parity._original import Drop, Original, Recording, State
+from jaxloss.parity._masks import port_mask
+from jaxloss.parity._original import Original, Recording, State
 from jaxloss.parity._pairs import Call, CallPair, activation_layout, pair_weights
 from jaxloss.parity._port import Arrays, Port
 from jaxloss.parity._programs import Programs, abstract_run
+from jaxloss.parity._state_dict import ignored
 from jaxloss.parity._tree_port import FunctionPort, LinenPort
-from jaxloss.parity.weights import Names, check_names, without
+from jaxloss.parity.weights import Names, check_names
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
 
@@ -56,8 +59,9 @@ class Subject:
         self.pairs: list[CallPair] = []
         self.exact = self.view("float64")
         self._pair(self.exact, names, ignore)
+        masks = self.exact.recording.masks
         self._choose_values(self.exact)
-        self.exact.recording.masks = self._port_masks(self.exact.recording.masks, self.exact.recording)
+        self.exact.recording.masks = self._port_masks(masks, self.exact.recording)
 
     def view(self, dtype: str) -> View:
         """Runs the original in a dtype and copies the port to it."""
@@ -67,7 +71,8 @@ class Subject:
         recording = original.run(self.batch.torch_inputs, self.batch.torch_objective, self.seed)
         port = self._port(jnp.dtype(dtype), state.keys())
         port.set_flatten(self._flat_maps(port))
-        recording.masks = self._port_masks(recording.masks, recording)
+        if self.pairs:
+            recording.masks = self._port_masks(recording.masks, recording)
         return View(recording, state, port, Programs(port, self.batch, self.pairs))
 
     def _port(self, dtype: np.dtype, preferred: Collection[str]) -> Port:
@@ -125,25 +130,20 @@ class Subject:
         return self._port_masks(masks, self.exact.recording)
 
     def _port_masks(self, masks: Sequence[np.ndarray], recording: Recording) -> list[np.ndarray]:
-        """Those on flattened feature maps in the order in which the port flattens."""
+        """As the port drops."""
         flattened = {pair.theirs for pair in self.pairs if pair.ours[0] in self.feature_maps}
-
-        def arranged(mask: np.ndarray, drop: Drop) -> np.ndarray:
-            before = recording.calls[drop.window].key if drop.window < len(recording.calls) else None
-            if drop.feature_map is None or before not in flattened:
-                return mask
-            full = (len(mask), *drop.feature_map)
-            return channels_last(full).to_flax(mask.reshape(full)).reshape(mask.shape)
-
-        return list(map(arranged, masks, recording.drops))
+        fitted = []
+        for mask, drop, ours in zip(masks, recording.drops, self.drops, strict=False):
+            before, after = recording.calls[: drop.window][-1:], recording.calls[drop.window : drop.window + 1]
+            flax_order = any(call.key in flattened for call in after)
+            image = drop.whole_channels or any(issubclass(call.kind, _CHANNELS_FIRST) for call in before)
+            fitted.append(port_mask(mask, drop, ours, flax_order=flax_order, image=image))
+        return fitted
 
     def lacks_counterpart(self, name: str) -> str:
         """What is wrong with a weight that only the port has."""
-        tensors = self.torch_module.state_dict()
-        if name in tensors:
-            first = next(other for other in self.exact.state if tensors[other].data_ptr() == tensors[name].data_ptr())
-            return f"is trained by itself: PyTorch ties it to {first}"
-        return "has no counterpart in PyTorch"
+        first = self.exact.state.tied.get(name)
+        return f"is trained by itself: PyTorch ties it to {first}" if first else "has no counterpart in PyTorch"
 
     def aliased(self) -> Iterator[str]:
         """The port's weights that lie in memory of the original's."""
@@ -190,9 +190,10 @@ class Subject:
 
     def _pair(self, view: View, names: Names | None, ignore: Collection[str]) -> None:
         recording, port = view.recording, view.port
-        shapes, result, self.drops = abstract_run(port, self.batch, recording.masks)
-        shapes_in_torch = without(ignore, view.state.shapes())
-        state = {k: shape for k, shape in shapes_in_torch.items() if not k.endswith("num_batches_tracked")}
+        shapes, result, self.drops = abstract_run(port, self.batch)
+        unwanted = ignored(ignore, [*view.state, *view.state.tied])
+        state = {name: shape for name, shape in view.state.shapes().items() if name not in unwanted}
+        names = {mine: view.state.tied.get(theirs, theirs) for mine, theirs in (names or {}).items()}
         ours = {name: weight.layout.merged for name, weight in port.weights.items()}
         check_names(names, ours, state)
         order = [name for name, _ in shapes], [call.name for call in recording.calls]
@@ -312,7 +313,11 @@ class Subject:
                 yield f"{ours} (standard deviation {mine:.2g}, PyTorch's {others:.2g})"
 
     def _arrives_in_torchs_order(self, name: str, view: View) -> bool:
-        cut = view.programs.cut(self.values(), view.recording)
+        masks, feature_maps = view.recording.masks, self.feature_maps
+        self.feature_maps = {}  # as if it did
+        fitted = replace(view.recording, masks=self._port_masks(masks, view.recording))
+        self.feature_maps = feature_maps
+        cut = view.programs.cut(self.values(), fitted)
         pair = next((pair for pair in self.pairs if pair.ours[0] == name), None)
         if pair is None:
             return False

@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen
 
 from jaxloss.parity._layout import Layout, Shape, permuted, same
-from jaxloss.parity._port import Arrays, Port, Tape, leaf_layers
+from jaxloss.parity._port import Port, Run, Tape, leaf_layers
 from jaxloss.parity.weights import NAMES, Weight, linear_layout
 
 _TRAIN_FLAGS = {"train": True, "training": True, "is_training": True, "deterministic": False}
@@ -64,9 +64,8 @@ class FunctionPort(Port):
         """Names of every leaf."""
         return list(self.weights)
 
-    def run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: Tape) -> tuple[Any, Arrays]:
-        """The outputs; there are no statistics."""
-        return self._function(self._tree(values), *inputs), {}
+    def _run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: Tape) -> Run:
+        return Run(self._function(self._tree(values), *inputs), {}, hook)
 
     def _tree(self, values: Mapping[str, Any]) -> Any:
         return self._structure.unflatten([values[name] for name in self.weights])
@@ -102,9 +101,7 @@ class LinenPort(FunctionPort):
         pairs = zip(self.weights, self._collections, strict=True)
         return [name for name, collection in pairs if collection == "params"]
 
-    def run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: Tape) -> tuple[Any, Arrays]:
-        """The outputs, and the statistics afterwards."""
-
+    def _run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: Tape) -> Run:
         def intercept(function: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             if context.method_name != "__call__" or (not context.module.path and self.layers != [""]):
                 return function(*args, **kwargs)
@@ -115,11 +112,12 @@ class LinenPort(FunctionPort):
             outputs, changed = self._apply(self._tree(values), inputs)
         flat = {tuple(_plain(k) for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(changed)[0]}
         named = zip(self.weights, self._collections, self._leaves, strict=True)
-        return outputs, {
+        after = {
             name: flat.get((collection, *path), values[name])
             for name, collection, (path, _) in named
             if collection != "params"
         }
+        return Run(outputs, after, hook)
 
     def _apply(self, variables: Any, inputs: Sequence[Any]) -> Any:
         rngs = {"dropout": jax.random.key(0)}

@@ -1,7 +1,5 @@
 """Weights between PyTorch's state_dict and Flax NNX modules, bit for bit both ways."""
 
-import fnmatch
-import itertools
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,11 +11,10 @@ import numpy as np
 from flax import nnx
 
 from jaxloss.parity._layout import Layout, Shape, permuted, same
-from jaxloss.parity._pairs import pair_weights
+from jaxloss.parity._pairs import guesses, pair_weights
 from jaxloss.parity._state_dict import read_state_dict
 
 Module = TypeVar("Module", bound=nnx.Module)
-Entry = TypeVar("Entry")
 FeatureMaps = Mapping[str, Sequence[int]]
 Names = Mapping[str, str]  # PyTorch's by ours
 StateDict = Mapping[str, Any] | str | os.PathLike[str]
@@ -35,10 +32,12 @@ def load_torch(
 
     Layers are paired by name: `self.layer1 = nnx.Sequential(nnx.Conv(...), ...)` receives `layer1.0.weight`. Those
     without a namesake are paired by shape, in the order in which both frameworks define them, and these pairs are
-    printed: read them, and give `names` where they are wrong. The layers of Flax get PyTorch's layouts (Linear,
-    LinearGeneral, Conv and ConvTranspose of any dimension, Embed, PReLU, the norms with their running statistics); any
-    other variable keeps its own. Random state is left alone, and so is BatchNorm's `num_batches_tracked`, which Flax
-    does not have.
+    printed: read them, and give `names` where they are wrong. (A module that was copied, or made by `nnx.eval_shape`,
+    has its attributes sorted by name; where that leaves a doubt, nothing is loaded.)
+
+    The layers of Flax get PyTorch's layouts (Linear, LinearGeneral, Conv and ConvTranspose of any dimension, Embed,
+    PReLU, the norms with their running statistics); any other variable keeps its own. Random state is left alone, and
+    so is BatchNorm's `num_batches_tracked`, which Flax does not have.
 
     Args:
         module: changed in place, or not at all if anything is wrong. May be abstract (`nnx.eval_shape`).
@@ -62,7 +61,7 @@ def load_torch(
     Raises:
         ValueError: weights are missing, unexpected or misshapen (all are listed); a dtype needs `jax_enable_x64`; tied
             weights differ; `flatten` is needed or impossible; the file is of another kind, broken, or a pickle that
-            could run code.
+            could run code; layers of equal shapes have other names and an order that is not known.
         TypeError: there are things other than arrays among the values (all are listed).
 
     Examples:
@@ -77,11 +76,16 @@ def load_torch(
     References:
         https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html#torch.nn.Module.load_state_dict
     """
-    arrays = without(ignore, read_state_dict(state_dict))
+    arrays = read_state_dict(state_dict, ignore)
     weights = weights_of(module, flatten)
     pairs = _pairs(weights, arrays, names)
     _check_fit(type(module).__name__, weights, arrays, pairs)
     guessed = {ours: theirs for ours, theirs in pairs.items() if ours != theirs and ours not in (names or {})}
+    if unsure := guesses(guessed, {name: weight.layout.merged for name, weight in weights.items()}):
+        raise ValueError(
+            f"{', '.join(unsure)} have the same shapes and other names than in PyTorch, and the order in which "
+            f"{type(module).__name__} defines them is not known: check weight_map(...), and pass it as names=."
+        )
     if guessed:
         print(f"{type(module).__name__}: paired by shape and order (to change it: load_torch(..., names=...)):")
         print("\n".join(f"  {ours} {arrays[theirs].shape} <- {theirs}" for ours, theirs in guessed.items()))
@@ -122,7 +126,7 @@ def weight_map(
         >>> weight_map(module, {"head.weight": np.zeros((1, 2))})
         {'0.weight': 'head.weight'}
     """
-    return _pairs(weights_of(module, flatten), without(ignore, read_state_dict(state_dict)), names)
+    return _pairs(weights_of(module, flatten), read_state_dict(state_dict, ignore), names)
 
 
 def to_torch(
@@ -140,7 +144,7 @@ def to_torch(
         them all; `torch.from_numpy` does not know NumPy's bfloat16.
 
     Raises:
-        ValueError: `flatten` is needed or impossible.
+        ValueError: `flatten` is needed or impossible; `names` has an unknown name, or gives one to two weights.
 
     Examples:
         >>> from flax import nnx
@@ -149,13 +153,17 @@ def to_torch(
         >>> {name: array.shape for name, array in weights.items()}
         {'weight': (8, 3, 5, 5), 'bias': (8,)}
     """
-    # Contiguous, because safetensors writes the wrong elements of an array that is not.
-    return {
-        (names or {}).get(name, name): np.array(
-            weight.layout.to_torch(np.asarray(weight.variable.get_value())), order="C"
-        )
-        for name, weight in weights_of(module, flatten).items()
-    }
+    weights, names = weights_of(module, flatten), names or {}
+    if unknown := [name for name in names if name not in weights]:
+        raise ValueError(f"names: there is no {', no '.join(unknown)} in the module.")
+    entries, sources = {}, {}
+    for name, weight in weights.items():
+        theirs = names.get(name, name)
+        if sources.setdefault(theirs, weight.variable) is not weight.variable:
+            raise ValueError(f"names: {theirs} would be two weights, one of them {name}.")
+        # Contiguous, because safetensors writes the wrong elements of an array that is not.
+        entries[theirs] = np.array(weight.layout.to_torch(np.asarray(weight.variable.get_value())), order="C")
+    return entries
 
 
 Linear = nnx.Linear | nnx.LinearGeneral
@@ -302,15 +310,6 @@ def _check_feature_map(name: str, layer: Linear, feature_map: Shape, channels: s
         )
     if feature_map[0] not in channels and feature_map[-1] in channels:
         raise ValueError(f"flatten: {name}: {feature_map} seems to have the channels last; PyTorch has them first.")
-
-
-def without(patterns: Collection[str], entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """A state_dict less what is to be ignored. A pattern that fits nothing is refused."""
-    ignored = {pattern: fnmatch.filter(entries, pattern) for pattern in patterns}
-    if unused := [pattern for pattern, found in ignored.items() if not found]:
-        raise ValueError(f"ignore: the state_dict has no {', '.join(unused)}.")
-    gone = set(itertools.chain(*ignored.values()))
-    return {name: entry for name, entry in entries.items() if name not in gone}
 
 
 def check_names(names: Names | None, ours: Collection[str], theirs: Collection[str]) -> None:

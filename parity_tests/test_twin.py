@@ -1,0 +1,64 @@
+"""The same seed gives the same training in PyTorch and in JAX: weights, batches, masks, losses and what is learned."""
+
+from dataclasses import replace
+
+import matplotlib.image
+import numpy as np
+import pytest
+from rich.console import Console
+
+from train import twin
+from train.config import RECIPES
+from train.data import load
+
+
+@pytest.fixture(scope="module", params=["cnn", "net"])
+def twins(request):
+    recipe = replace(RECIPES["digits"][request.param], epochs=1)
+    return twin.train_twins(request.param, recipe, load("digits"), seed=0)
+
+
+def test_batches_and_masks_are_pytorchs(twins):
+    runs = twins.torch32, twins.torch64, twins.jax32, twins.jax64
+    assert [len(run.rows) for run in runs] == [45] * 4
+    for run in runs[1:]:
+        assert all(map(np.array_equal, run.rows, twins.torch32.rows))
+        for ours, theirs in zip(run.masks, twins.torch32.masks, strict=True):
+            assert len(ours) == len(theirs) == (2 if twins.model == "net" else 0)
+            assert all(map(np.array_equal, ours, theirs))
+
+
+def test_float64_weights_are_the_same_after_an_epoch(twins):
+    assert twin.distance(twins.jax64.gradient, twins.torch64.gradient) < 1e-12
+    assert twin.distance(twins.jax64.weights[-1], twins.torch64.weights[-1]) < 1e-9
+    assert np.allclose(twins.jax64.losses, twins.torch64.losses, rtol=1e-10)
+    assert twin.distance(twins.jax64.weights[-1], twins.torch32.weights[-1]) > 1e-9, "float32 must differ"
+
+
+def test_first_float32_gradient_is_as_near_to_float64_as_pytorchs(twins):
+    exact = twins.torch64.gradient
+    assert twin.distance(twins.jax32.gradient, exact) < 3 * twin.distance(twins.torch32.gradient, exact)
+
+
+def test_another_seed_gives_another_training(twins):
+    recipe = replace(RECIPES["digits"][twins.model], epochs=1)
+    other = twin.train_jax(twins.model, recipe, load("digits"), 1, "float32")
+    assert twin.distance(other.weights[0], twins.torch32.weights[0]) > 0.1
+
+
+def test_table_and_picture(twins, tmp_path):
+    console = Console(record=True, width=100)
+    console.print(twin.table([twins], load("digits")))
+    text = console.export_text()
+    assert "45 of 45" in text
+    assert "weights, float64, epoch 1" in text
+    twin.draw([twins], tmp_path / "twin.png")
+    assert matplotlib.image.imread(tmp_path / "twin.png").std() > 0.05
+
+
+def test_mistakes_are_one_line(capsys):
+    for arguments in (["--epochs", "0"], ["--data", "mnist", "--data-dir", "nowhere"]):
+        with pytest.raises(SystemExit) as exit_:
+            twin.main(arguments)
+        assert exit_.value.code == 2
+        assert capsys.readouterr().err.startswith("error: ")
