@@ -298,6 +298,34 @@ def test_jit_inside_a_port_with_dropout_passes():
     assert report.ok, str(report)
 
 
+def test_recurrent_layer_may_start_from_a_constant_state():
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.zeros(len(x), 4, dtype=x.dtype)
+            for i in range(3):
+                h = torch.tanh(self.cell(h) + x[:, i])
+            return self.head(h)
+
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.cell, self.head = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            h = jnp.zeros((len(x), 4), x.dtype)
+            for i in range(3):
+                h = jnp.tanh(self.cell(h) + x[:, i])
+            return self.head(h)
+
+    torch.manual_seed(0)
+    report = parity.check(Original(), Port(nnx.Rngs(0)), torch.randn(5, 3, 4), steps=1, dtypes=["float64"])
+    assert report.ok, str(report)
+    assert "cell (call 3)" in report.places()
+
+
 @pytest.mark.parametrize("transform", ["checkpoint", "cond", "scan"])
 def test_layers_inside_other_transforms_are_left_whole(transform):
     class Port(nnx.Module):

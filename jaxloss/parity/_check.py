@@ -208,6 +208,9 @@ def _parameter_gradients(
 def _compare_pieces(findings: Findings, subject: Subject, view: View, cut: CutRun) -> None:
     pieces = list(_pieces(subject, view, cut, view.recording))
     last = next(i for i, piece in enumerate(pieces) if piece.place == subject.places[-1])
+    # A layer that is called again may first be given a constant: a recurrent one its initial state.
+    names = [call.name for call in view.recording.calls]
+    again = {subject.title(pair) for pair in subject.pairs if names.count(pair.theirs[0]) > 1}
     seen: set[str] = set()
     titles = {subject.title(pair): pair.ours[0] for pair in subject.pairs}
     layers = dict.fromkeys(name.rpartition(".")[0] for name in subject.weight_pairs)
@@ -218,7 +221,7 @@ def _compare_pieces(findings: Findings, subject: Subject, view: View, cut: CutRu
         if layer is not None and layer not in seen:
             seen.add(layer)
             _compare_weights(findings, subject, layer)
-        findings.add(*piece)
+        findings.add(*piece, may_be_constant=piece.quantity.removeprefix("input of ") in again or piece.place in again)
     _compare_loss(findings, subject, view)
     recording = view.recording
     for piece in pieces[last + 1 :]:
