@@ -1,6 +1,7 @@
 """`python -m jaxloss.parity`: what it prints, and what it exits with."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,17 @@ def wrong():
     layer = port()
     layer.bias.set_value(layer.bias[...] + 1)
     return layer
+
+
+def masked():
+    layer = torch.nn.Linear(4, 3)
+    layer.load_state_dict(original.state_dict())
+    layer.register_buffer("mask", torch.ones(2))
+    return layer
+
+
+def untrusted():
+    return load_torch(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), "untrusted.pt")
 
 
 def broken():
@@ -61,6 +73,24 @@ def test_equal_models_exit_0_and_the_report_is_written(folder, monkeypatch, caps
     assert run(monkeypatch, "check", "pair:original", "pair:port", *QUICK, "--json", "out.json") == 0
     assert capsys.readouterr().out.startswith("ok: ")
     assert json.loads((folder / "out.json").read_text())["ok"] is True
+
+
+def test_buffers_to_ignore_and_names_can_be_given(folder, monkeypatch, capsys):
+    models = "check", "pair:masked", "pair:port", *QUICK
+    assert run(monkeypatch, *models) == 1
+    assert "mask has no counterpart in the port" in capsys.readouterr().out
+    assert run(monkeypatch, *models, "--ignore", "mask", "--names", "weight", "weight") == 0
+
+
+def test_pickle_that_would_run_code_is_refused(folder, monkeypatch, capsys):
+    class Malice:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (folder / "executed",)
+
+    (folder / "untrusted.pt").write_bytes(pickle.dumps(Malice(), protocol=2))
+    assert run(monkeypatch, "check", "pair:original", "pair:untrusted", *QUICK) == 2
+    assert "refused" in capsys.readouterr().err
+    assert not (folder / "executed").exists()
 
 
 def test_different_models_exit_1_and_say_where(folder, monkeypatch, capsys):
