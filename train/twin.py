@@ -214,8 +214,8 @@ class _Rows(torch.utils.data.Dataset[int]):
 
 
 def _take(split: Split, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    images = torch.from_numpy(np.asarray(split.images))[rows][:, None].to(dtype) / 255
-    return (images - split.mean) / split.deviation, torch.from_numpy(np.asarray(split.labels))[rows].long()
+    images, labels = (torch.from_numpy(np.asarray(array)[rows.numpy()]) for array in (split.images, split.labels))
+    return (images[:, None].to(dtype) / 255 - split.mean) / split.deviation, labels.long()
 
 
 def _numpy(tensor: Tensor | None) -> np.ndarray:
