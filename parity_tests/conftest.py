@@ -1,5 +1,6 @@
 """Fixtures: eight fake CPU devices, beartype on private functions, strict promotion, profiles, compilation."""
 
+import gc
 import os
 
 # Before jax starts: eight devices for the sharding tests.
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+gc.set_threshold(100_000)  # of the tests' many compiled programs hardly anything is garbage, and looking takes long
 install_import_hook("jaxloss", "beartype.beartype")  # public functions opt out with no_type_check
 
 settings.register_profile("default", max_examples=500, deadline=None, derandomize=True)

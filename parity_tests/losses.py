@@ -32,7 +32,9 @@ def round_to(x: np.ndarray, dtype: str) -> np.ndarray:
     return np.asarray(jnp.asarray(np.asarray(x, np.float32 if dtype != "float64" else np.float64), dtype), np.float64)
 
 
-def evaluate_jax(name: str, arrays: dict[str, np.ndarray], options: dict[str, Any], dtype: str, axis: int) -> Results:
+def evaluate_jax(
+    name: str, arrays: dict[str, np.ndarray], options: dict[str, Any], dtype: str, axis: int, *, jit: bool = False
+) -> Results:
     """The loss and its gradient (of the summed loss) to every floating array, in `dtype`."""
     arrays = {k: jnp.asarray(v, dtype if np.issubdtype(v.dtype, np.floating) else None) for k, v in arrays.items()}
     floating = {k: v for k, v in arrays.items() if jnp.issubdtype(v.dtype, jnp.floating)}
@@ -45,7 +47,8 @@ def evaluate_jax(name: str, arrays: dict[str, np.ndarray], options: dict[str, An
         result = OURS[name](inputs[values], inputs[targets], **weight, **options, **position)
         return jnp.sum(result.astype(jnp.float64 if dtype == "float64" else jnp.float32)), result
 
-    gradients, result = jax.grad(loss, has_aux=True)(floating)
+    differentiate = jax.grad(loss, has_aux=True)
+    gradients, result = (jax.jit(differentiate) if jit else differentiate)(floating)
     return {"loss": result} | {f"d{k}": v for k, v in gradients.items()}
 
 

@@ -71,7 +71,6 @@ def make(name: str) -> tuple[nn.Module, nnx.Module, torch.Tensor, Any]:
     return module, parity.load_torch(port(nnx.Rngs(0)), module.state_dict()), batch(), losses
 
 
-@pytest.mark.rounding
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", MODELS)
 def test_our_models_equal_their_originals(name, train):
@@ -267,10 +266,15 @@ class FlaxDropsFlat(nnx.Module):
         return self.fc(x if self.before else self.dropout(x))
 
 
-@pytest.mark.parametrize("copied", [True, False], ids=["copied", "loaded"])
-@pytest.mark.parametrize("order", list(itertools.product([False, True], repeat=3)), ids=str)
-def test_dropout_of_a_flattened_map_gets_the_same_mask(order, copied):
-    torch_before, before, transpose = order
+@pytest.mark.parametrize(
+    ("torch_before", "before", "transpose", "copied"),
+    [
+        *((*order, True) for order in itertools.product([False, True], repeat=3)),
+        (False, False, False, False),
+        (False, False, True, False),
+    ],
+)
+def test_dropout_of_a_flattened_map_gets_the_same_mask(torch_before, before, transpose, copied):
     torch.manual_seed(0)
     original, port = TorchDropsFlat(torch_before), FlaxDropsFlat(before, transpose)
     if not copied:
@@ -390,7 +394,7 @@ def test_steps_may_differ_by_torchs_own_noise_and_no_more(monkeypatch):
         return run(CASES["flat"], optimizers=optimizers, steps=2, dtypes=["float64"])
 
     assert check(0.0).first_divergence.place == "step 2"
-    assert check(1e-6).ok
+    assert check(1e-8).ok
 
 
 def test_hundred_million_parameters_within_six_gibibytes():

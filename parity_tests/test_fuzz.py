@@ -78,10 +78,10 @@ UNITS = 16
 def assert_rounding_close(case: dict, dtype: str) -> None:
     """Structure and masks as PyTorch's in this dtype; values within UNITS of float64 on the same rounded inputs."""
     arrays = {k: round_to(v, dtype) if v.dtype == np.float64 else v for k, v in case["arrays"].items()}
-    ours = evaluate_jax(case["name"], arrays, case["options"], dtype, case["axis"])
+    ours = evaluate_jax(case["name"], arrays, case["options"], dtype, case["axis"], jit=True)
     theirs = hide_ignored_faults(case, evaluate_torch(case["name"], arrays, case["options"], dtype))
     with jax.enable_x64(True):
-        oracle = evaluate_jax(case["name"], arrays, case["options"], "float64", case["axis"])
+        oracle = evaluate_jax(case["name"], arrays, case["options"], "float64", case["axis"], jit=True)
     assert_same_structure({k: ours[k] for k in theirs}, theirs, may_be_empty=True)
     largest = max(np.max(np.abs(v[np.isfinite(v)]), initial=1.0) for v in arrays.values() if v.dtype == np.float64)
     for key in theirs:
@@ -98,7 +98,7 @@ def test_values_gradients_dtypes_and_shapes_equal_pytorch(case, dtype):
     if dtype != "float64":
         return assert_rounding_close(case, dtype)
     with jax.enable_x64(True):
-        ours = evaluate_jax(case["name"], case["arrays"], case["options"], dtype, case["axis"])
+        ours = evaluate_jax(case["name"], case["arrays"], case["options"], dtype, case["axis"], jit=True)
     theirs = hide_ignored_faults(case, evaluate_torch(case["name"], case["arrays"], case["options"], dtype))
     ours = {k: ours[k] for k in theirs}
     return assert_float64_close(ours, theirs, floor=CANCELLATION, may_be_empty=True)

@@ -137,6 +137,9 @@ def files(folder: str, *, without: str = "\0") -> list[Path]:
     return found
 
 
+NEED_TORCH = {"originals", "twin"}
+
+
 def test_imports_point_one_way():
     for path in files("jaxloss", without="parity"):
         outside = {n.split(".")[0] for n in imported(path)} - {"jaxloss", "jax", "jaxtyping", "numpy"}
@@ -146,7 +149,9 @@ def test_imports_point_one_way():
         assert not any(n.split(".")[0] in ("train", "parity_tests") for n in imported(path)), path
     for path in files("train"):
         names = imported(path)
-        assert not any(n.split(".")[0] in ("parity_tests", "torch") for n in names), path
+        foreign = {"parity_tests"} if path.stem in NEED_TORCH else {"parity_tests", "torch"}
+        assert not any(n.split(".")[0] in foreign for n in names), path
+        assert not NEED_TORCH & {n.removeprefix("train.") for n in names} or path.stem in NEED_TORCH, path
         assert not any("._" in n for n in names if n.startswith("jaxloss")), f"{path}: a private name of jaxloss"
 
 

@@ -1,5 +1,6 @@
 """The training loop: what a step, an epoch and an evaluation compute, against NumPy and PyTorch."""
 
+import itertools
 from functools import partial
 from threading import Event
 
@@ -58,7 +59,7 @@ def test_evaluation_covers_every_image_in_order(still: Learner, data: Dataset) -
 
 def test_epoch_covers_every_image_and_averages_its_batches(data: Dataset) -> None:
     costs, learner = [], Learner("cnn", STILL, data, seed=0)
-    phase = learner.train_epoch(1, Event(), lambda step, cost: costs.append(float(cost)))
+    phase = learner.train_epoch(Event(), lambda step, cost: costs.append(float(cost)))
     log_probs, labels = scores(learner, data.train), np.asarray(data.train.labels)
     assert (phase.steps, phase.images, len(costs)) == (4, 100, 4)
     np.testing.assert_allclose(phase.loss, -log_probs[np.arange(100), labels].mean(), rtol=1e-5)
@@ -69,14 +70,15 @@ def test_epoch_covers_every_image_and_averages_its_batches(data: Dataset) -> Non
 def test_each_epoch_has_its_own_order(data: Dataset) -> None:
     costs: dict[int, list[float]] = {1: [], 2: []}
     learner = Learner("cnn", STILL, data, seed=0)
-    losses = [learner.train_epoch(n, Event(), lambda _, cost, n=n: costs[n].append(float(cost))).loss for n in costs]
+    epochs = learner.epochs(Event(), lambda _, cost: costs[learner.epoch].append(float(cost)))
+    losses = [epoch.training.loss for epoch in itertools.islice(epochs, 2)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
     assert not np.allclose(costs[1], costs[2], rtol=1e-3)
 
 
 def test_dropout_draws_new_masks_and_evaluation_none(data: Dataset) -> None:
     learner = Learner("net", STILL, data, seed=0)
-    first, second = (learner.train_epoch(1, Event(), ignore).loss for _ in range(2))
+    first, second = (epoch.training.loss for epoch in itertools.islice(learner.epochs(Event(), ignore), 2))
     assert abs(first - second) > 1e-6
     assert learner.evaluate()[0].loss == learner.evaluate()[0].loss
 
@@ -113,12 +115,14 @@ def test_padding_changes_neither_step_nor_totals(data: Dataset) -> None:
 
 
 def test_step_reuses_the_buffers_of_the_last_state(still: Learner) -> None:
+    still.step = 0
     before = jax.tree.leaves((still.state.params, still.state.optimizer, still.state.totals))
-    still.train_epoch(1, STOPPED, ignore)
+    still.train_epoch(STOPPED, ignore)
     assert all(leaf.is_deleted() for leaf in before[:-3])  # the totals start anew in each epoch
 
 
 def test_stop_ends_after_the_current_step(still: Learner) -> None:
+    still.step = 0
     (epoch,) = still.epochs(STOPPED, ignore)
     assert (epoch.training.steps, epoch.training.images) == (1, 32)
     assert 0 < epoch.training.loss < 5

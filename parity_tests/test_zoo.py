@@ -142,7 +142,7 @@ def rows_in_torchs_order(kernel: Any) -> Any:
     return kernel.reshape(5, 3, 4, 6).transpose(2, 0, 1, 3).reshape(kernel.shape)
 
 
-WEIGHT = np.linspace(0.5, 2, 10)
+WEIGHT = np.linspace(0.5, 2, 6)
 
 
 def weighted(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -232,14 +232,14 @@ FAULTS = {
     "softmax twice": Fault("cnn", after(jax.nn.softmax), "between fc and the output", "applies softmax"),
     "logits for NLL": Fault("net", without_log_softmax, "between fc2 and the output", "leaves out log_softmax"),
     "loss of probabilities": Fault(
-        "cnn",
+        "flat",
         nothing,
         "loss",
         "softmax is applied twice",
         options=loss_with(lambda x, y: jaxloss.cross_entropy(jax.nn.softmax(x), y)),
     ),
     "sum for mean": Fault(
-        "cnn",
+        "flat",
         nothing,
         "loss",
         "reduction is 'sum'",
@@ -272,17 +272,17 @@ FAULTS = {
         "flat", change("fc.kernel", rows_in_torchs_order), "between conv and fc", "flattens (height, width, channels)"
     ),
     "ignore_index dropped": Fault(
-        "cnn",
+        "flat",
         nothing,
         "loss",
         "does not ignore 3",
         options=loss_with(jaxloss.cross_entropy, partial(F.cross_entropy, ignore_index=3)),
     ),
     "mean over all rows": Fault(
-        "cnn", nothing, "loss", "by the number of rows", options=loss_with(mean_of_rows, weighted)
+        "flat", nothing, "loss", "by the number of rows", options=loss_with(mean_of_rows, weighted)
     ),
     "label smoothing missing": Fault(
-        "cnn",
+        "flat",
         nothing,
         "loss",
         "label_smoothing is 0",

@@ -1,8 +1,9 @@
 """What can be asked of ``python -m train``. Every value is checked here, before JAX loads."""
 
+import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -98,11 +99,28 @@ class Config:
     """Exit with 1 unless every model reaches this fraction of the test images, in (0, 1]."""
     out: Path | None = None
     """Folder for metrics and pictures. Default: runs/DATA-DATE-TIME."""
+    checkpoint_every: int = 0
+    """Write a checkpoint after every k-th step and after every epoch; 0: none."""
+    resume: Path | None = None
+    """Go on with the run in this folder, from its last checkpoints, with the flags that it was started with."""
 
     def check(self) -> None:
         """Raise `UserError` for the first value that makes no sense."""
         if fault := next(self._faults(), None):
             raise UserError(fault)
+
+    def check_resumes(self, started: "Config") -> None:
+        """Raise `UserError` if this is not the training that was started, or one without checkpoints."""
+        free = {"resume", "log_interval", "save_model", "target_accuracy"}
+        changed = [
+            f"--{field.name.replace('_', '-')} is {getattr(self, field.name)}, was {getattr(started, field.name)}"
+            for field in fields(self)
+            if field.name not in free and getattr(self, field.name) != getattr(started, field.name)
+        ]
+        if changed:
+            raise UserError(f"--resume goes on with the same flags, but {'; '.join(changed)}")
+        if not started.checkpoint_every:
+            raise UserError("--resume: the run has no checkpoints, because it was started without --checkpoint-every")
 
     def recipe(self, model: ModelName) -> Recipe:
         """The model's own recipe with what was asked for instead."""
@@ -110,8 +128,8 @@ class Config:
         if self.optimizer not in (None, recipe.optimizer):
             lr, momentum = RATES[self.optimizer]
             recipe = replace(recipe, optimizer=self.optimizer, lr=lr, momentum=momentum)
-        fields = ("lr", "momentum", "gamma", "epochs", "batch_size")
-        return replace(recipe, **{name: value for name in fields if (value := getattr(self, name)) is not None})
+        names = ("lr", "momentum", "gamma", "epochs", "batch_size")
+        return replace(recipe, **{name: value for name in names if (value := getattr(self, name)) is not None})
 
     @property
     def models(self) -> tuple[ModelName, ...]:
@@ -135,9 +153,22 @@ class Config:
                 yield f"--gamma must lie in (0, 1], got {recipe.gamma}"
         if not 0 <= self.seed < 2**32:
             yield f"--seed must lie in [0, 2**32), got {self.seed}"
+        if self.checkpoint_every < 0:
+            yield f"--checkpoint-every must not be negative, got {self.checkpoint_every}"
         if self.log_interval < 0:
             yield f"--log-interval must not be negative, got {self.log_interval}"
         if self.target_accuracy is not None and not 0 < self.target_accuracy <= 1:
             yield f"--target-accuracy must be a fraction in (0, 1], got {self.target_accuracy}"
         if self.data == "digits" and (self.data_dir or self.download):
             yield "--data-dir and --download need --data mnist or fashion-mnist: the digits come with scikit-learn"
+
+
+def read_config(folder: Path) -> Config:
+    """What the run in a folder was started with."""
+    try:
+        about = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume: {folder} holds no run: {error}") from error
+    known: dict[str, Any] = {field.name: about[field.name] for field in fields(Config) if field.name in about}
+    paths = {name: Path(known[name]) for name in ("data_dir", "out") if known.get(name) is not None}
+    return Config(**{**known, **paths, "resume": None})

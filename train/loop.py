@@ -156,7 +156,13 @@ def evaluation_step(
 
 
 class Learner:
-    """A model, its images on the device and its two compiled steps."""
+    """A model, its images on the device and its two compiled steps.
+
+    Attributes:
+        epoch: the one it is in, from 1.
+        step: how many steps of that epoch are done.
+        order: in which that epoch takes the training images.
+    """
 
     def __init__(
         self,
@@ -174,6 +180,7 @@ class Learner:
         self.train, self.test = jax.device_put(data.train), jax.device_put(data.test)
         self.batch_size = min(recipe.batch_size, len(data.train.labels))
         self.steps_per_epoch = math.ceil(len(data.train.labels) / self.batch_size)
+        self.epoch, self.step, self.order = 1, 0, np.arange(len(data.train.labels))
 
         self.loss = LOSSES[model]
         module = self.random.module()
@@ -198,32 +205,41 @@ class Learner:
         """The model with what it has learned."""
         return nnx.merge(self.graph, self.state.params, self.state.streams)
 
+    @property
+    def steps_done(self) -> int:
+        """In all epochs."""
+        return (self.epoch - 1) * self.steps_per_epoch + self.step
+
     def epochs(self, stop: Event, on_step: Callable[[int, Array], None]) -> Iterator[Epoch]:
         """Train and evaluate, epoch by epoch, until all are done or ``stop`` is set."""
-        for number in range(1, self.recipe.epochs + 1):  # the notes' range(epochs + 1) trained one too many
-            training = self.train_epoch(number, stop, on_step)
+        while self.epoch <= self.recipe.epochs:  # the notes' range(epochs + 1) trained one too many
+            number = self.epoch
+            training = self.train_epoch(stop, on_step)
             validation, _ = self.evaluate()
             self.random.evaluated()
             if not math.isfinite(training.loss + validation.loss):
                 raise UserError(f"{self.model}: the loss is not finite after epoch {number}: lower --lr", exit_code=1)
+            self.epoch, self.step = number + 1, 0
             yield Epoch(number, self.recipe.lr * self.recipe.gamma ** (number - 1), training, validation)
             if stop.is_set():
                 return
 
-    def train_epoch(self, number: int, stop: Event, on_step: Callable[[int, Array], None]) -> Phase:
-        """Every training image once, in a new order; after at least one step, ``stop`` ends it early."""
+    def train_epoch(self, stop: Event, on_step: Callable[[int, Array], None]) -> Phase:
+        """Every training image that is left of the epoch; after at least one step, ``stop`` ends it early."""
         start = time.perf_counter()
-        order = self.random.order(number, len(self.train.labels))
-        self.state = self.state._replace(totals=zero_totals())
-        steps, cost = 0, jnp.zeros(())
-        for steps, rows in enumerate(batched(order, self.batch_size), start=1):
+        if not self.step:
+            self.order = self.random.order(self.epoch, len(self.train.labels))
+            self.state = self.state._replace(totals=zero_totals())
+        cost = jnp.zeros(())
+        for rows in batched(self.order, self.batch_size)[self.step :]:
             cost.block_until_ready()  # at most one step ahead of the device, so that progress and Ctrl-C are true
             masks = self.random.masks(int(np.sum(rows >= 0)), self.batch_size)
             self.state, cost = self._step(self.state, self.train, rows, masks)
-            on_step(steps, cost)
+            self.step += 1
+            on_step(self.step, cost)
             if stop.is_set():
                 break
-        return read(self.state.totals, steps, min(steps * self.batch_size, len(order)), start)
+        return read(self.state.totals, self.step, min(self.step * self.batch_size, len(self.order)), start)
 
     def evaluate(self) -> tuple[Phase, np.ndarray]:
         """Every test image once: the means, and the model's outputs in order."""

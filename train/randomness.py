@@ -45,6 +45,15 @@ class TorchRandomness:
         """PyTorch's loaders draw even where nothing is shuffled."""
         self.generator.epoch(0, shuffle=False)
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Where the stream is."""
+        return {name: np.asarray(value) for name, value in self.generator.state["state"].items()}
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Goes on from there."""
+        twister = {"key": np.asarray(state["key"], np.uint32), "pos": int(state["pos"])}
+        self.generator.state = self.generator.state | {"state": twister}
+
 
 class JaxRandomness:
     """Weights and dropout from jax.random, orders from NumPy."""
@@ -68,6 +77,14 @@ class JaxRandomness:
 
     def evaluated(self) -> None:
         """Draws nothing."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The seed: an epoch's order depends on nothing else, and dropout's stream is the model's own."""
+        return {"seed": np.asarray(self.seed)}
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Goes on from there."""
+        self.seed = int(state["seed"])
 
 
 RANDOMNESS: dict[RngName, Callable[[ModelName, int], Any]] = {"torch": TorchRandomness, "jax": JaxRandomness}

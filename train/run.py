@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from threading import Event
+from typing import TYPE_CHECKING
 
 import flax
 import jax
 import optax
+from jax import Array
 from rich.console import Console
 from safetensors.numpy import save_file
 
@@ -25,12 +27,15 @@ from train.loop import Epoch, Learner
 from train.plots import save_confusion, save_curves
 from train.report import Monitor, Result, table
 
+if TYPE_CHECKING:
+    from train.checkpoint import Checkpoints
+
 
 def run(config: Config) -> int:
     """Do what ``config`` asks for; the exit code is 0, or 130 after Ctrl-C."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     data = load(config.data, config.data_dir, config.download)
-    folder = None if config.dry_run else _make_folder(config)
+    folder = None if config.dry_run else config.resume or _make_folder(config)
     results = []
     with _interruptible() as interrupted:
         for model in config.models:
@@ -59,16 +64,38 @@ def _train(learner: Learner, config: Config, folder: Path | None, interrupted: E
     if config.dry_run:  # stopped from the start, a model still takes one step
         stop = Event()
         stop.set()
-    epochs = []
+    epochs: list[Epoch] = []
+    checkpoints = _checkpoints(config, folder, learner)
+    if checkpoints and config.resume:
+        epochs, damaged = checkpoints.restore(learner)
+        console.print(*damaged, f"going on after step {learner.steps_done}", sep="\n")
+        _record(config.resume / learner.model, epochs, mode="w")
     with Monitor(console, learner, config.log_interval) as monitor:
-        for epoch in learner.epochs(stop, monitor.step):
+
+        def on_step(step: int, cost: Array) -> None:
+            monitor.step(step, cost)
+            within = step < learner.steps_per_epoch  # else after the evaluation
+            if checkpoints and within and learner.steps_done % config.checkpoint_every == 0:
+                checkpoints.save(learner, epochs)
+
+        for epoch in learner.epochs(stop, on_step):
             epochs.append(epoch)
             monitor.epoch(epoch)
             if folder:
-                _record(folder / learner.model, epoch)
+                _record(folder / learner.model, [epoch])
+            if checkpoints and not stop.is_set():
+                checkpoints.save(learner, epochs)
     if interrupted.is_set():
         console.print("interrupted: saving and reporting what was learned so far")
     return Result(learner, epochs)
+
+
+def _checkpoints(config: Config, folder: Path | None, learner: Learner) -> "Checkpoints | None":
+    if folder is None or not config.checkpoint_every:
+        return None
+    from train.checkpoint import Checkpoints  # Orbax takes seconds to load
+
+    return Checkpoints(folder / learner.model / "checkpoints")
 
 
 def _make_folder(config: Config) -> Path:
@@ -104,13 +131,14 @@ def _new_folder(stem: str) -> Path:
             return folder
 
 
-def _record(folder: Path, epoch: Epoch) -> None:
-    """Append the epoch to metrics.jsonl. Only ``timing`` differs between two runs of one command."""
-    phases = {"training": asdict(epoch.training), "validation": asdict(epoch.validation)}
-    timing = {f"{name}_seconds": phase.pop("seconds") for name, phase in phases.items()}
-    timing["images_per_second"] = epoch.training.images / epoch.training.seconds
-    with (folder / "metrics.jsonl").open("a") as file:
-        print(json.dumps({"epoch": epoch.number, "lr": epoch.lr, **phases, "timing": timing}), file=file)
+def _record(folder: Path, epochs: list[Epoch], mode: str = "a") -> None:
+    """Append epochs to metrics.jsonl. Only ``timing`` differs between two runs of one command."""
+    with (folder / "metrics.jsonl").open(mode) as file:
+        for epoch in epochs:
+            phases = {"training": asdict(epoch.training), "validation": asdict(epoch.validation)}
+            timing = {f"{name}_seconds": phase.pop("seconds") for name, phase in phases.items()}
+            timing["images_per_second"] = epoch.training.images / epoch.training.seconds
+            print(json.dumps({"epoch": epoch.number, "lr": epoch.lr, **phases, "timing": timing}), file=file)
 
 
 def _save(result: Result, folder: Path, data: Dataset, *, weights: bool) -> None:

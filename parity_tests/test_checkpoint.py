@@ -1,0 +1,163 @@
+"""A training that is killed at any moment and resumed ends as if nothing had happened, bit for bit."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import settings
+
+from train.__main__ import main
+from train.checkpoint import Checkpoints
+from train.config import Config
+from train.data import load
+from train.loop import Learner
+
+ROOT = Path(__file__).parents[1]
+FLAGS = ("--model", "net", "--epochs", "2", "--checkpoint-every", "8", "--save-model")
+KILLS = 20 if settings.default.max_examples > 1000 else 3
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "net" / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "timing"} for row in rows]
+
+
+def restored(run: Path, rng: str = "torch") -> Learner:
+    """A learner where a run has ended: weights, optimizer and random state."""
+    config = Config(epochs=2)
+    learner = Learner("net", config.recipe("net"), load("digits"), seed=9, rng=rng)
+    Checkpoints(run / "net" / "checkpoints").restore(learner)
+    return learner
+
+
+def start(*arguments: str | Path, limit: str = "") -> subprocess.Popen[str]:
+    """The command as a process of its own, with one device as the tests' own process has not."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    python = [sys.executable, "-m", "train", *map(str, arguments)]
+    command = ["bash", "-c", f'{limit} exec "$@"', "bash", *python]
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def kill_after_a_new_checkpoint(process: subprocess.Popen[str], run: Path, delay: float) -> None:
+    """SIGKILL, some time after the process has written a checkpoint, or when it has ended by itself."""
+    folder, began = run / "net" / "checkpoints", time.time()
+    while process.poll() is None and not any(p.stat().st_mtime > began for p in folder.glob("[0-9]*")):
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole")
+    assert main([*FLAGS, "--out", str(run)]) == 0
+    return run
+
+
+def bits(run: Path, rng: str) -> tuple[Any, ...]:
+    """All that a run has ended with, but for times."""
+    end = restored(run, rng)
+    leaves = jax.tree.leaves((nnx.to_pure_dict(nnx.split(end.trained())[1]), end.state.optimizer, end.random.state()))
+    arrays = [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in leaves]
+    weights = (run / "net/model.safetensors").read_bytes()
+    return metrics(run), weights, end.epoch, end.step, [np.asarray(array).tobytes() for array in arrays]
+
+
+def assert_ended_alike(ours: Path, theirs: Path, rng: str = "torch") -> None:
+    assert bits(ours, rng) == bits(theirs, rng)
+
+
+def test_killed_and_resumed_run_ends_bit_for_bit_alike(tmp_path: Path) -> None:
+    """All in processes of their own: the tests' own process compiles otherwise, and rounds otherwise."""
+    whole, killed, delays = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+    reference = start(*FLAGS, "--out", whole)
+    output = reference.communicate()
+    assert reference.returncode == 0, output
+    arguments: tuple[str | Path, ...] = (*FLAGS, "--out", killed)
+    for _ in range(KILLS):
+        kill_after_a_new_checkpoint(start(*arguments), killed, delays.uniform(0, 0.4))
+        arguments = ("--resume", killed)
+    last = start(*arguments)
+    output = last.communicate()
+    assert last.returncode == 0, output
+    assert_ended_alike(killed, whole)
+
+
+def test_the_comparison_fails_on_another_seed(whole: Path, tmp_path: Path) -> None:
+    assert main([*FLAGS, "--seed", "1", "--out", str(tmp_path)]) == 0
+    with pytest.raises(AssertionError):
+        assert_ended_alike(tmp_path, whole)
+
+
+def copied(whole: Path, run: Path, *, newest: bool) -> Path:
+    """A finished run as if killed before it had saved the model, or the newest checkpoint; its newest one."""
+    shutil.copytree(whole, run, dirs_exist_ok=True)
+    (run / "net/model.safetensors").unlink()
+    *_, before, last = sorted((run / "net/checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    if newest:
+        return last
+    shutil.rmtree(last)
+    return before
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+    whole: Path, tmp_path: Path, capsys: Any
+) -> None:
+    newest = copied(whole, tmp_path, newest=True)
+    for path in newest.rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:100])
+    assert main(["--resume", str(tmp_path)]) == 0
+    assert f"checkpoint {newest.name} is damaged" in capsys.readouterr().out
+    assert_ended_alike(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--seed", "3"), "--seed is 3, was 0"),
+        (("--epochs", "3", "--lr", "0.1"), "--epochs is 3, was 2; --lr is 0.1, was None"),
+    ],
+)
+def test_other_flags_are_refused(whole: Path, capsys: Any, flags: tuple[str, ...], message: str) -> None:
+    assert main(["--resume", str(whole), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_no_run_or_has_no_checkpoints_is_refused(tmp_path: Path, capsys: Any) -> None:
+    assert main(["--resume", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["--resume", str(tmp_path)]) == 2
+    assert "without --checkpoint-every" in capsys.readouterr().err
+
+
+def test_full_disk_ends_with_a_message_and_leaves_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:
+    last = copied(whole, tmp_path, newest=False)
+    process = start("--resume", tmp_path, limit="ulimit -f 64;")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1, error
+    assert "error: no checkpoint could be written" in error
+    assert last.exists()
+    assert main(["--resume", str(tmp_path)]) == 0
+    assert metrics(tmp_path)[-1]["epoch"] == 2
+
+
+def test_resuming_repeats_jaxs_random_numbers_too(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    assert main([*FLAGS, "--rng", "jax", "--out", str(first)]) == 0
+    assert int(copied(first, second, newest=False).name) % 45, "in the middle of an epoch"
+    assert main(["--resume", str(second)]) == 0
+    assert_ended_alike(second, first, rng="jax")

@@ -1,0 +1,97 @@
+"""Checkpoints of one model's training: all that its next step depends on, written whole or not at all by Orbax."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from train.config import UserError
+from train.loop import Epoch, Learner, Phase
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every save and restore
+
+
+class Checkpoints:
+    """The newest two of a training, and the most accurate one."""
+
+    def __init__(self, folder: Path) -> None:
+        """Keep them in ``folder``; what a killed process left half-written there is removed."""
+        kept = [
+            preservation_policy.LatestN(2),
+            preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1),
+        ]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, learner: Learner, epochs: Sequence[Epoch]) -> None:
+        """Write where the training stands, and the results of the epochs that are done."""
+        step = learner.steps_done
+        arrays = {"state": _plain(learner.state), "order": learner.order, "random": learner.random.state()}
+        progress = {"epoch": learner.epoch, "step": learner.step, "epochs": [asdict(epoch) for epoch in epochs]}
+        items = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(arrays),
+            progress=ocp.args.JsonSave(progress),
+        )
+        accuracy = epochs[-1].validation.accuracy if epochs else 0.0
+        try:
+            self._manager.save(step, args=items, metrics={"accuracy": accuracy}, force=True)
+        except (OSError, ValueError) as error:  # Orbax's storage reports a full disk as a ValueError
+            raise UserError(f"no checkpoint could be written after step {step}: {error}", exit_code=1) from error
+
+    def restore(self, learner: Learner) -> tuple[list[Epoch], list[str]]:
+        """Put a new learner where the newest whole checkpoint stands; the epochs done, and what was passed over."""
+        broken = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return self._read(step, learner), broken
+            except Exception as error:  # whatever Orbax and its storage make of damaged files
+                broken.append(f"checkpoint {step} is damaged ({type(error).__name__})")
+                self._manager.delete(step)
+        return [], broken
+
+    def _read(self, step: int, learner: Learner) -> list[Epoch]:
+        template = {
+            "state": _plain(learner.state),
+            "order": np.zeros(len(learner.train.labels), np.int64),
+            "random": learner.random.state(),
+        }
+        items = ocp.args.Composite(
+            arrays=ocp.args.StandardRestore(template),
+            progress=ocp.args.JsonRestore(),
+        )
+        found = self._manager.restore(step, args=items)
+        arrays, progress = found["arrays"], found["progress"]
+        learner.state = _like(learner.state, arrays["state"])
+        learner.random.set_state(arrays["random"])
+        learner.order = np.asarray(arrays["order"])
+        learner.epoch, learner.step = progress["epoch"], progress["step"]
+        return [
+            Epoch(each["number"], each["lr"], Phase(**each["training"]), Phase(**each["validation"]))
+            for each in progress["epochs"]
+        ]
+
+
+def _plain(tree: Any) -> list[jax.Array]:
+    """The leaves, random keys as their bits."""
+    return [jax.random.key_data(leaf) if _is_key(leaf) else jnp.copy(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _like(tree: Any, leaves: Sequence[jax.Array]) -> Any:
+    old, structure = jax.tree.flatten(tree)
+    new = [jax.random.wrap_key_data(b) if _is_key(a) else jnp.asarray(b) for a, b in zip(old, leaves, strict=True)]
+    return structure.unflatten(new)
+
+
+def _is_key(leaf: jax.Array) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
