@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from jaxloss.parity import to_torch
 from train import twin
 from train.config import RECIPES
 from train.data import load
+from train.randomness import TorchRandomness
 
 
 @pytest.fixture(scope="module", params=["cnn", "net"])
@@ -40,10 +42,9 @@ def test_first_float32_gradient_is_as_near_to_float64_as_pytorchs(twins):
     assert twin.distance(twins.jax32.gradient, exact) < 3 * twin.distance(twins.torch32.gradient, exact)
 
 
-def test_another_seed_gives_another_training(twins):
-    recipe = replace(RECIPES["digits"][twins.model], epochs=1)
-    other = twin.train_jax(twins.model, recipe, load("digits"), 1, "float32")
-    assert twin.distance(other.weights[0], twins.torch32.weights[0]) > 0.1
+def test_another_seed_gives_other_weights(twins):
+    other = to_torch(TorchRandomness(twins.model, 1).module())
+    assert twin.distance(other, twins.torch32.weights[0]) > 0.5
 
 
 def test_table_and_picture(twins, tmp_path):
