@@ -97,6 +97,7 @@ def test_killed_and_resumed_run_ends_bit_for_bit_alike(tmp_path: Path) -> None:
 
 def test_the_comparison_fails_on_another_seed(whole: Path, tmp_path: Path) -> None:
     assert main([*FLAGS, "--seed", "1", "--out", str(tmp_path)]) == 0
+    assert metrics(tmp_path) != metrics(whole)
     with pytest.raises(AssertionError):
         assert_ended_alike(tmp_path, whole)
 
@@ -112,16 +113,31 @@ def copied(whole: Path, run: Path, *, newest: bool) -> Path:
     return before
 
 
+def damage(checkpoint: Path) -> None:
+    for path in checkpoint.rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:100])
+
+
 def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     whole: Path, tmp_path: Path, capsys: Any
 ) -> None:
     newest = copied(whole, tmp_path, newest=True)
-    for path in newest.rglob("*"):
-        if path.is_file() and path.stat().st_size > 1000:
-            path.write_bytes(path.read_bytes()[:100])
+    damage(newest)
     assert main(["--resume", str(tmp_path)]) == 0
     assert f"checkpoint {newest.name} is damaged" in capsys.readouterr().out
     assert_ended_alike(tmp_path, whole)
+
+
+def test_damaged_checkpoints_alone_are_refused_and_kept(whole: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    checkpoints = list((tmp_path / "net/checkpoints").glob("[0-9]*"))
+    for checkpoint in checkpoints:
+        damage(checkpoint)
+    assert main(["--resume", str(tmp_path)]) == 1
+    assert "no checkpoint of net can be read" in capsys.readouterr().err
+    assert all(checkpoint.exists() for checkpoint in checkpoints)
+    assert metrics(tmp_path) == metrics(whole)
 
 
 @pytest.mark.parametrize(

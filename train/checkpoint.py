@@ -45,20 +45,27 @@ class Checkpoints:
         )
         accuracy = epochs[-1].validation.accuracy if epochs else 0.0
         try:
+            if step in self._manager.all_steps():  # a damaged one, passed over when the run was resumed
+                self._manager.delete(step)
             self._manager.save(step, args=items, metrics={"accuracy": accuracy}, force=True)
         except (OSError, ValueError) as error:  # Orbax's storage reports a full disk as a ValueError
             raise UserError(f"no checkpoint could be written after step {step}: {error}", exit_code=1) from error
 
     def restore(self, learner: Learner) -> tuple[list[Epoch], list[str]]:
-        """Put a new learner where the newest whole checkpoint stands; the epochs done, and what was passed over."""
+        """Put a new learner where the newest whole checkpoint stands; the epochs done, and what was passed over.
+
+        Nothing is deleted: what cannot be read here may be readable elsewhere. Without any checkpoint the learner
+        stays as it is; with unreadable ones alone there is a `UserError`.
+        """
         broken = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 return self._read(step, learner), broken
             except Exception as error:  # whatever Orbax and its storage make of damaged files
                 broken.append(f"checkpoint {step} is damaged ({type(error).__name__})")
-                self._manager.delete(step)
-        return [], broken
+        if broken:
+            raise UserError(f"--resume: no checkpoint of {learner.model} can be read: {', '.join(broken)}", exit_code=1)
+        return [], []
 
     def _read(self, step: int, learner: Learner) -> list[Epoch]:
         template = {
