@@ -26,7 +26,7 @@ from jaxloss.parity import to_torch
 from train import originals
 from train.config import RECIPES, DataName, ModelName, Recipe, UserError
 from train.data import Dataset, Split, load
-from train.loop import EVALUATION_BATCH, Learner, take
+from train.loop import EVALUATION_BATCH, Learner, dtype_of, take
 from train.randomness import TorchRandomness
 
 Weights = dict[str, np.ndarray]
@@ -174,7 +174,7 @@ def _first_gradient(learner: Learner, model: ModelName, seed: int) -> Weights:
     rows = random.order(1, len(learner.train.labels))[: learner.batch_size]
     masks = random.masks(len(rows), len(rows))
     params = learner.state.params
-    images, labels = take(learner.train, jnp.asarray(rows), jax.tree.leaves(params)[0].dtype)
+    images, labels = take(learner.train, jnp.asarray(rows), dtype_of(params))
 
     def cost(params: nnx.State) -> jax.Array:
         return learner.loss(nnx.merge(learner.graph, params, learner.state.streams, copy=True)(images, *masks), labels)

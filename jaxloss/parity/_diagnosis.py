@@ -204,10 +204,12 @@ def _other_dropout(subject: Subject, windows: range) -> Iterator[Explanation]:
     if counts[0] != counts[1]:
         fix = "drop as often: in eval mode, or at rate 0, a port does not"
         yield Explanation(f"the port drops {counts[0]} times in a run, PyTorch {counts[1]} times", fix)
-    for drop, (rate, broadcast, _) in zip(subject.exact.recording.drops, subject.drops, strict=False):
-        if drop.window in windows and rate != drop.rate:
-            yield Explanation(f"the port drops at rate {rate:g}, PyTorch at {drop.rate:g}", f"pass rate={drop.rate:g}")
-        if drop.window in windows and drop.whole_channels != bool(broadcast):
+    for drop, ours in zip(subject.exact.recording.drops, subject.drops, strict=False):
+        if drop.window in windows and ours.rate != drop.rate:
+            yield Explanation(
+                f"the port drops at rate {ours.rate:g}, PyTorch at {drop.rate:g}", f"pass rate={drop.rate:g}"
+            )
+        if drop.window in windows and drop.whole_channels != bool(ours.broadcast):
             words = ("elements", "whole channels")[:: 1 if drop.whole_channels else -1]
             fix = f"pass broadcast_dims={(1, 2) if drop.whole_channels else ()} to nnx.Dropout"
             yield Explanation(f"the port drops {words[0]}, PyTorch {words[1]}", fix)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-Shape = tuple[int, ...]
+from jaxloss.parity._layout import Shape
 
 
 class Drop(NamedTuple):
