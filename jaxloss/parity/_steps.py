@@ -129,13 +129,9 @@ def torch_steps(
     *,
     nudge: bool = False,
 ) -> Trajectory:
-    """PyTorch's, of the parameters that move (the port's names by PyTorch's); if nudged, by a rounding unit first."""
+    """PyTorch's, of the parameters that move (the port's names by PyTorch's); if nudged, as rounding does before each."""
     original, optimizer = subject.trainee(given, dtype)
-    if nudge:
-        random = torch.Generator().manual_seed(subject.seed)
-        for parameter in filter(torch.is_floating_point, original.module.parameters()):
-            towards = torch.where(torch.rand(parameter.shape, generator=random) < 0.5, -torch.inf, torch.inf)
-            parameter.data = torch.nextafter(parameter.data, towards.to(parameter.dtype))
+    random = torch.Generator().manual_seed(subject.seed)
     layouts = {name: subject.exact.port.weights[name].layout for name in moving.values()}
     tensors = {moving[name]: tensor for name, tensor in original.module.named_parameters() if name in moving}
 
@@ -149,6 +145,10 @@ def torch_steps(
 
     trajectory = Trajectory([], [])
     for step in range(1, steps + 1):
+        for parameter in filter(torch.is_floating_point, original.module.parameters() if nudge else ()):
+            terms = parameter[0].numel() if parameter.ndim else 1
+            moves = torch.rand(parameter.shape, dtype=parameter.dtype, generator=random).mul_(2).sub_(1)
+            parameter.data.mul_(moves.mul_(terms * torch.finfo(parameter.dtype).eps).add_(1))
         trajectory.masks.append(subject.backward(original, step))
         optimizer.step()
         kinds = {kind for tensor in tensors.values() for kind in optimizer.state[tensor]}
