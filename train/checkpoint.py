@@ -22,7 +22,13 @@ class Checkpoints:
     """The newest two of a training, and the most accurate one."""
 
     def __init__(self, folder: Path) -> None:
-        """Keep them in ``folder``; what a killed process left half-written there is removed."""
+        """Keep them in ``folder``; process 0 writes, and removes what a killed process left half-written there."""
+        process = jax.process_index()
+        if process == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
+        )
         kept = [
             preservation_policy.LatestN(2),
             preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1),
@@ -30,7 +36,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
             enable_async_checkpointing=False,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=jax.process_index() == 0,
+            create=False,
+            multiprocessing_options=alone,
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -79,7 +87,7 @@ class Checkpoints:
         )
         found = self._manager.restore(step, args=items)
         arrays, progress = found["arrays"], found["progress"]
-        learner.state = _like(learner.state, arrays["state"])
+        learner.state = learner.place(_like(learner.state, arrays["state"]))
         learner.random.set_state(arrays["random"])
         learner.order = np.asarray(arrays["order"])
         learner.epoch, learner.step = progress["epoch"], progress["step"]
@@ -89,9 +97,9 @@ class Checkpoints:
         ]
 
 
-def _plain(tree: Any) -> list[jax.Array]:
-    """The leaves, random keys as their bits."""
-    return [jax.random.key_data(leaf) if _is_key(leaf) else jnp.copy(leaf) for leaf in jax.tree.leaves(tree)]
+def _plain(tree: Any) -> list[np.ndarray]:
+    """The leaves on the host, random keys as their bits."""
+    return [np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _like(tree: Any, leaves: Sequence[jax.Array]) -> Any:

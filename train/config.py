@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -103,6 +104,16 @@ class Config:
     """Write a checkpoint after every k-th step and after every epoch; 0: none."""
     resume: Path | None = None
     """Go on with the run in this folder, from its last checkpoints, with the flags that it was started with."""
+    devices: int | None = None
+    """Devices of each process to divide a batch over. Default: all."""
+    dispatch: int | None = None
+    """Steps handed to the devices at once, fewer where a checkpoint falls. Default: 1 on CPU, 20 elsewhere."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, the same for all processes of a training; auto: as Slurm, Open MPI or a TPU tells."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which one this is, from 0; only process 0 prints and writes."""
 
     def check(self) -> None:
         """Raise `UserError` for the first value that makes no sense."""
@@ -112,6 +123,7 @@ class Config:
     def check_resumes(self, started: "Config") -> None:
         """Raise `UserError` if this is not the training that was started, or one without checkpoints."""
         free = {"resume", "log_interval", "save_model", "target_accuracy"}
+        free |= {"devices", "coordinator", "num_processes", "process_id"}  # the training does not depend on them
         changed = [
             f"--{field.name.replace('_', '-')} is {getattr(self, field.name)}, was {getattr(started, field.name)}"
             for field in fields(self)
@@ -153,6 +165,7 @@ class Config:
                 yield f"--gamma must lie in (0, 1], got {recipe.gamma}"
         if not 0 <= self.seed < 2**32:
             yield f"--seed must lie in [0, 2**32), got {self.seed}"
+        yield from self._faulty_places()
         if self.checkpoint_every < 0:
             yield f"--checkpoint-every must not be negative, got {self.checkpoint_every}"
         if self.log_interval < 0:
@@ -161,6 +174,21 @@ class Config:
             yield f"--target-accuracy must be a fraction in (0, 1], got {self.target_accuracy}"
         if self.data == "digits" and (self.data_dir or self.download):
             yield "--data-dir and --download need --data mnist or fashion-mnist: the digits come with scikit-learn"
+
+    def _faulty_places(self) -> Iterator[str]:
+        for name, count in (("devices", self.devices), ("dispatch", self.dispatch)):
+            if count is not None and count < 1:
+                yield f"--{name} must be at least 1, got {count}"
+        place = self.num_processes, self.process_id
+        if self.coordinator is None and place != (None, None):
+            yield "--num-processes and --process-id need --coordinator"
+        if self.coordinator not in (None, "auto"):
+            if None in place:
+                yield "--coordinator needs --num-processes and --process-id"
+            elif not 0 <= self.process_id < self.num_processes:
+                yield f"--process-id must lie in [0, {self.num_processes}), got {self.process_id}"
+            if not re.fullmatch(r".+:\d+", self.coordinator):
+                yield f"--coordinator must be HOST:PORT or auto, got {self.coordinator}"
 
 
 def read_config(folder: Path) -> Config:

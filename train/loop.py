@@ -2,11 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from threading import Event
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,8 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from jaxloss import cross_entropy, nll_loss
 from jaxloss.parity import optimizer_by_name
@@ -26,6 +27,7 @@ IGNORED = -100  # the losses' default ignore_index, as the label of the rows tha
 EVALUATION_BATCH = 250
 
 Loss = Callable[..., Array]
+Batch = tuple[ArrayLike, tuple[DropoutMasks, ...]]  # rows of a split, -1 for none, and dropout's masks
 LOSSES: dict[ModelName, Loss] = {
     "cnn": cross_entropy,  # of logits
     "net": nll_loss,  # of log-probabilities
@@ -35,9 +37,9 @@ LOSSES: dict[ModelName, Loss] = {
 class Totals(NamedTuple):
     """Sums that stay on the device until a phase ends."""
 
-    costs: Array  # of every batch's mean loss
-    losses: Array  # of every image's loss
-    correct: Array
+    costs: ArrayLike  # of every batch's mean loss
+    losses: ArrayLike  # of every image's loss
+    correct: ArrayLike
 
 
 class State(NamedTuple):
@@ -81,9 +83,10 @@ def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransf
     return optimizer_by_name(name, lr=lambda count: recipe.lr * recipe.gamma ** (count // steps_per_epoch), **options)
 
 
-def batched(order: np.ndarray, size: int) -> np.ndarray:
-    """Cut ``order`` into rows of ``size``, the last one filled up with -1: every batch has one shape."""
-    return np.pad(order.astype(np.int32), (0, -len(order) % size), constant_values=-1).reshape(-1, size)
+def batched(order: np.ndarray, size: int, devices: int = 1) -> np.ndarray:
+    """Cut ``order`` into rows of ``size``, filled up with -1: every batch has one shape, which ``devices`` divides."""
+    rows = np.pad(order.astype(np.int32), (0, -len(order) % size), constant_values=-1).reshape(-1, size)
+    return np.pad(rows, ((0, 0), (0, -size % devices)), constant_values=-1)
 
 
 def take(split: Split, rows: Array, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[Array, Array]:
@@ -94,8 +97,8 @@ def take(split: Split, rows: Array, dtype: jax.typing.DTypeLike = jnp.float32) -
 
 
 def zero_totals() -> Totals:
-    """Three separate buffers, because a step donates each of them."""
-    return Totals(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32))
+    """On the host: a step writes into its last totals' buffers."""
+    return Totals(*(np.zeros((), jax.dtypes.canonicalize_dtype(dtype)) for dtype in (float, float, np.int32)))
 
 
 def read(totals: Totals, steps: int, images: int, start: float) -> Phase:
@@ -156,11 +159,16 @@ def evaluation_step(
 
 
 class Learner:
-    """A model, its images on the device and its two compiled steps.
+    """A model, its images on every device and its two compiled programs, which divide each batch over the devices.
+
+    Everything but a batch's rows is whole on every device. What is computed does not depend on their number, but for
+    rounding: the rows that fill up a batch are ignored, and dropout's masks are those of the images, wherever they are.
 
     Attributes:
         epoch: the one it is in, from 1.
         step: how many steps of that epoch are done.
+        devices: how many there are.
+        dispatch: how many steps are dispatched at once.
         order: in which that epoch takes the training images.
     """
 
@@ -172,12 +180,21 @@ class Learner:
         seed: int,
         rng: RngName = "torch",
         dtype: jax.typing.DTypeLike = jnp.float32,
+        mesh: Mesh | None = None,
+        dispatch: int = 1,
     ) -> None:
-        """Draw the weights from ``seed`` and compile; nothing compiles after this."""
+        """Draw the weights from ``seed`` and compile; nothing compiles after this.
+
+        The mesh has one axis, and may hold the devices of several processes, each with a learner of its own; without
+        one there is one device.
+        """
         start = time.perf_counter()
         self.model: ModelName = model
         self.recipe, self.random = recipe, RANDOMNESS[rng](model, seed)
-        self.train, self.test = jax.device_put(data.train), jax.device_put(data.test)
+        mesh = mesh or jax.make_mesh((1,), ("batch",), (AxisType.Auto,), devices=jax.devices()[:1])
+        self.devices, self.dispatch = mesh.size, dispatch
+        self._whole, self._divided = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), mesh.axis_names))
+        self.train, self.test = self.place((data.train, data.test))
         self.batch_size = min(recipe.batch_size, len(data.train.labels))
         self.steps_per_epoch = math.ceil(len(data.train.labels) / self.batch_size)
         self.epoch, self.step, self.order = 1, 0, np.arange(len(data.train.labels))
@@ -190,15 +207,31 @@ class Learner:
         evaluating = nnx.graphdef(module)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         optimizer = make_optimizer(recipe, self.steps_per_epoch)
-        self.state = State(params, streams, optimizer.init(params), zero_totals())
+        self.state = self.place(State(params, streams, optimizer.init(params), zero_totals()))
 
-        train = jax.jit(partial(training_step, self.graph, self.loss, optimizer), donate_argnums=0)
-        rows = np.zeros(self.batch_size, np.int32)
-        masks = self.random.masks(0, self.batch_size)
-        self._step = train.lower(self.state, self.train, rows, masks).compile()
-        evaluate = jax.jit(partial(evaluation_step, evaluating, self.loss))
-        rows = np.zeros(EVALUATION_BATCH, np.int32)
-        self._evaluate = evaluate.lower(params, streams, zero_totals(), self.test, rows).compile()
+        def step(state: State, split: Split, batch: Batch) -> tuple[State, Array]:
+            rows, masks = jax.lax.with_sharding_constraint(batch, self._divided)
+            return training_step(self.graph, self.loss, optimizer, state, split, rows, masks)
+
+        def steps(state: State, split: Split, batches: Batch) -> tuple[State, Array]:
+            return jax.lax.scan(lambda state, batch: step(state, split, batch), state, batches)
+
+        def evaluate(params: nnx.State, totals: Totals, split: Split, rows: Array) -> tuple[Totals, Array]:
+            rows = jax.lax.with_sharding_constraint(rows, self._divided)
+            return evaluation_step(evaluating, self.loss, params, streams, totals, split, rows)
+
+        def compiled(program: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = ()) -> Callable[..., Any]:
+            jitted = jax.jit(program, in_shardings=self._whole, out_shardings=self._whole, donate_argnums=donated)
+            return jitted.lower(*arguments).compile()
+
+        empty = batched(np.array([-1]), self.batch_size, self.devices)[0]
+        batch = self._with_masks(empty)
+        self._step = compiled(step, self.state, self.train, batch, donated=(0,))
+        if dispatch > 1:
+            batches = jax.tree.map(lambda array: np.stack([array] * dispatch), batch)
+            self._steps = compiled(steps, self.state, self.train, batches, donated=(0,))
+        rows = batched(np.arange(1), EVALUATION_BATCH, self.devices)[0]
+        self._evaluate = compiled(evaluate, params, zero_totals(), self.test, rows)
         self.compile_seconds = time.perf_counter() - start
 
     def trained(self) -> nnx.Module:
@@ -225,29 +258,46 @@ class Learner:
                 return
 
     def train_epoch(self, stop: Event, on_step: Callable[[int, Array], None]) -> Phase:
-        """Every training image that is left of the epoch; after at least one step, ``stop`` ends it early."""
+        """Every training image that is left of the epoch; after at least one dispatch, ``stop`` ends it early."""
         start = time.perf_counter()
         if not self.step:
             self.order = self.random.order(self.epoch, len(self.train.labels))
             self.state = self.state._replace(totals=zero_totals())
-        cost = jnp.zeros(())
-        for rows in batched(self.order, self.batch_size)[self.step :]:
-            cost.block_until_ready()  # at most one step ahead of the device, so that progress and Ctrl-C are true
-            masks = self.random.masks(int(np.sum(rows >= 0)), self.batch_size)
-            self.state, cost = self._step(self.state, self.train, rows, masks)
-            self.step += 1
-            on_step(self.step, cost)
+        batches, costs = batched(self.order, self.batch_size, self.devices), [jnp.zeros(())]
+        while self.step < len(batches):
+            costs[-1].block_until_ready()  # at most one dispatch ahead of the device: progress and Ctrl-C are true
+            costs = self._advance(batches[self.step :])
+            for cost in costs:
+                self.step += 1
+                on_step(self.step, cost)
             if stop.is_set():
                 break
         return read(self.state.totals, self.step, min(self.step * self.batch_size, len(self.order)), start)
 
+    def _advance(self, batches: np.ndarray) -> Sequence[Array]:
+        """One dispatch of the next steps, which begins at a multiple of its length or is a single step; their costs."""
+        if self.dispatch == 1 or len(batches) < self.dispatch or self.steps_done % self.dispatch:
+            self.state, cost = self._step(self.state, self.train, self._with_masks(batches[0]))
+            return [cost]
+        drawn = [self._with_masks(rows) for rows in batches[: self.dispatch]]
+        self.state, costs = self._steps(self.state, self.train, jax.tree.map(lambda *each: np.stack(each), *drawn))
+        return list(costs)
+
+    def _with_masks(self, rows: np.ndarray) -> Batch:
+        """A batch; dropout's masks are drawn for its images alone."""
+        return rows, self.random.masks(int(np.sum(rows >= 0)), len(rows))
+
     def evaluate(self) -> tuple[Phase, np.ndarray]:
         """Every test image once: the means, and the model's outputs in order."""
         start = time.perf_counter()
-        batches = batched(np.arange(len(self.test.labels)), EVALUATION_BATCH)
+        batches = batched(np.arange(len(self.test.labels)), EVALUATION_BATCH, self.devices)
         totals, outputs = zero_totals(), []
         for rows in batches:
-            totals, output = self._evaluate(self.state.params, self.state.streams, totals, self.test, rows)
+            totals, output = self._evaluate(self.state.params, totals, self.test, rows)
             outputs.append(output)
         phase = read(totals, len(batches), len(self.test.labels), start)
-        return phase, np.concatenate(outputs)[: phase.images]
+        return phase, np.concatenate(outputs)[batches.ravel() >= 0]
+
+    def place(self, tree: Any) -> Any:
+        """The same on every device."""
+        return jax.jit(lambda tree: tree, out_shardings=self._whole)(tree)

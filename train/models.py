@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Initializer
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 import jaxloss
@@ -20,8 +21,8 @@ import jaxloss
 class DropoutMasks(NamedTuple):
     """Which activations of `Net` survive dropout, one field per dropout layer."""
 
-    conv2_drop: Bool[Array, "batch 1 1 20"]
-    dropout: Bool[Array, "batch 50"]
+    conv2_drop: Bool[ArrayLike, "batch 1 1 20"]
+    dropout: Bool[ArrayLike, "batch 50"]
 
 
 class CNN(nnx.Module):
@@ -106,7 +107,7 @@ def max_pool(x: Float[Array, "batch height width channels"]) -> Float[Array, "ba
     return largest
 
 
-def _drop(layer: nnx.Dropout, x: Float[Array, "..."], mask: Bool[Array, "..."] | None) -> Float[Array, "..."]:
+def _drop(layer: nnx.Dropout, x: Float[Array, "..."], mask: Bool[ArrayLike, "..."] | None) -> Float[Array, "..."]:
     """Applies a dropout layer, with the given mask of what to keep if there is one."""
     if mask is None or layer.deterministic:
         return layer(x)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -39,7 +38,7 @@ class TorchRandomness:
         channels, features = (np.zeros((size, *shape), bool) for shape in ((1, 1, 20), (50,)))
         channels[:images] = self.generator.kept((images, 1, 1, 20), Net.RATE)
         features[:images] = self.generator.kept((images, 50), Net.RATE)
-        return (DropoutMasks(jnp.asarray(channels), jnp.asarray(features)),)
+        return (DropoutMasks(channels, features),)
 
     def evaluated(self) -> None:
         """PyTorch's loaders draw even where nothing is shuffled."""

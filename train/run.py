@@ -1,6 +1,7 @@
 """A whole run: load the data, train each model, save, report."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import flax
 import jax
+import numpy as np
 import optax
 from jax import Array
 from rich.console import Console
@@ -23,6 +25,7 @@ import jaxloss
 from jaxloss.parity import to_torch
 from train.config import Config, UserError
 from train.data import Dataset, load
+from train.devices import join, make_mesh, watched
 from train.loop import Epoch, Learner
 from train.plots import save_confusion, save_curves
 from train.report import Monitor, Result, table
@@ -33,16 +36,23 @@ if TYPE_CHECKING:
 
 def run(config: Config) -> int:
     """Do what ``config`` asks for; the exit code is 0, or 130 after Ctrl-C."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    join(config)
+    writes = jax.process_index() == 0
+    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not writes)
+    mesh = make_mesh(config.devices)
     data = load(config.data, config.data_dir, config.download)
-    folder = None if config.dry_run else config.resume or _make_folder(config)
+    folder = None if config.dry_run or not writes else config.resume or _make_folder(config)
     results = []
-    with _interruptible() as interrupted:
+    with _interruptible() as interrupted, watched():
         for model in config.models:
-            learner = Learner(model, config.recipe(model), data, config.seed, config.rng)
+            dispatch = _dispatch(config)
+            learner = Learner(model, config.recipe(model), data, config.seed, config.rng, mesh=mesh, dispatch=dispatch)
             results.append(_train(learner, config, folder, interrupted, console))
+            if not config.dry_run:
+                _, outputs = learner.evaluate()  # of all processes together
             if folder:
-                _save(results[-1], folder / model, data, weights=config.save_model or interrupted.is_set())
+                weights = config.save_model or interrupted.is_set()
+                _save(results[-1], folder / model, outputs, data, weights=weights)
             if interrupted.is_set():
                 break
     console.print(table(results))
@@ -65,17 +75,18 @@ def _train(learner: Learner, config: Config, folder: Path | None, interrupted: E
         stop = Event()
         stop.set()
     epochs: list[Epoch] = []
-    checkpoints = _checkpoints(config, folder, learner)
+    checkpoints = _checkpoints(config, folder or config.resume, learner)
     if checkpoints and config.resume:
         epochs, damaged = checkpoints.restore(learner)
         console.print(*damaged, f"going on after step {learner.steps_done}", sep="\n")
-        _record(config.resume / learner.model, epochs, mode="w")
+        if folder:
+            _record(folder / learner.model, epochs, mode="w")
     with Monitor(console, learner, config.log_interval) as monitor:
 
         def on_step(step: int, cost: Array) -> None:
             monitor.step(step, cost)
             within = step < learner.steps_per_epoch  # else after the evaluation
-            if checkpoints and within and learner.steps_done % config.checkpoint_every == 0:
+            if folder and checkpoints and within and learner.steps_done % config.checkpoint_every == 0:
                 checkpoints.save(learner, epochs)
 
         for epoch in learner.epochs(stop, on_step):
@@ -83,11 +94,17 @@ def _train(learner: Learner, config: Config, folder: Path | None, interrupted: E
             monitor.epoch(epoch)
             if folder:
                 _record(folder / learner.model, [epoch])
-            if checkpoints and not stop.is_set():
+            if folder and checkpoints and not stop.is_set():
                 checkpoints.save(learner, epochs)
     if interrupted.is_set():
         console.print("interrupted: saving and reporting what was learned so far")
     return Result(learner, epochs)
+
+
+def _dispatch(config: Config) -> int:
+    """How many steps at once, so that each checkpoint falls between two dispatches."""
+    asked = config.dispatch or (1 if jax.default_backend() == "cpu" else 20)
+    return math.gcd(asked, config.checkpoint_every)
 
 
 def _checkpoints(config: Config, folder: Path | None, learner: Learner) -> "Checkpoints | None":
@@ -141,12 +158,12 @@ def _record(folder: Path, epochs: list[Epoch], mode: str = "a") -> None:
             print(json.dumps({"epoch": epoch.number, "lr": epoch.lr, **phases, "timing": timing}), file=file)
 
 
-def _save(result: Result, folder: Path, data: Dataset, *, weights: bool) -> None:
+def _save(result: Result, folder: Path, outputs: np.ndarray, data: Dataset, *, weights: bool) -> None:
     """The pictures of one model, and its weights if wanted."""
     learner = result.learner
     title = f"{learner.model}, {learner.loss.__name__}: {result.accuracy:.2%} of {len(data.test.labels)} test images"
     save_curves(folder / "curves.png", title, result.epochs)
-    save_confusion(folder / "confusion.png", title, learner.evaluate()[1], data)
+    save_confusion(folder / "confusion.png", title, outputs, data)
     if weights:
         save_file(to_torch(learner.trained()), folder / "model.safetensors")
 
@@ -164,7 +181,9 @@ def _interruptible() -> Iterator[Event]:
     event = Event()
 
     def interrupt(*_: object) -> None:
-        if event.is_set():  # no exception, which would surface as a traceback wherever Python happens to be
+        # No exception, which would surface as a traceback wherever Python happens to be. Where there are other
+        # processes, none of them can end its epoch early by itself.
+        if event.is_set() or jax.process_count() > 1:
             os.write(sys.stderr.fileno(), b"error: interrupted\n")
             os._exit(130)
         event.set()

@@ -129,7 +129,7 @@ def torch_steps(
     *,
     nudge: bool = False,
 ) -> Trajectory:
-    """PyTorch's, of the parameters that move (the port's names by PyTorch's); if nudged, as rounding does before each."""
+    """PyTorch's, of the parameters that move (the port's names by PyTorch's), nudged before each as rounding does."""
     original, optimizer = subject.trainee(given, dtype)
     random = torch.Generator().manual_seed(subject.seed)
     layouts = {name: subject.exact.port.weights[name].layout for name in moving.values()}

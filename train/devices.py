@@ -1,0 +1,50 @@
+"""The devices and processes that a training is spread over."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from train.config import Config, UserError
+
+SILENCE, LEAVE = 20, 40  # seconds after which a silent process counts as dead, and that one waits for others to end
+
+
+def join(config: Config) -> None:
+    """Meet the other processes, if the training has several; before JAX is used."""
+    if config.coordinator is None:
+        return
+    try:
+        jax.distributed.initialize(
+            None if config.coordinator == "auto" else config.coordinator,
+            config.num_processes,
+            config.process_id,
+            heartbeat_timeout_seconds=SILENCE,
+            shutdown_timeout_seconds=LEAVE,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--coordinator {config.coordinator}: {error}", exit_code=1) from error
+
+
+def make_mesh(count: int | None) -> Mesh:
+    """So many devices of every process, or all."""
+    if count is not None and count > jax.local_device_count():
+        raise UserError(f"--devices is {count}, but there are {jax.local_device_count()}")
+    devices = [device for process in range(jax.process_count()) for device in jax.local_devices(process)[:count]]
+    return jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Inside, the death of another process ends this one with a message, where it would wait for ever."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"error: another process of this training has ended: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly end would wait for the others
