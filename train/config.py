@@ -12,6 +12,7 @@ from tyro.conf import arg
 ModelName = Literal["cnn", "net"]
 DataName = Literal["digits", "mnist", "fashion-mnist"]
 OptimizerName = Literal["sgd", "adam", "adamw", "adadelta"]
+ScheduleName = Literal["exponential", "one-cycle"]
 RngName = Literal["torch", "jax"]
 
 
@@ -34,6 +35,7 @@ class Recipe:
     gamma: float
     epochs: int
     batch_size: int
+    schedule: ScheduleName = "exponential"
 
 
 # The notes' SGD (.01, momentum .5) suits MNIST's 60,000 images; on 1,437 digits it stays at chance for epochs.
@@ -85,6 +87,8 @@ class Config:
     lr: Annotated[float | None, _per_model("lr", "Learning rate.")] = None
     momentum: Annotated[float | None, _per_model("momentum", "For sgd only, in [0, 1).")] = None
     gamma: Annotated[float | None, _per_model("gamma", "Multiplies lr after each epoch; in (0, 1].")] = None
+    schedule: ScheduleName = "exponential"
+    """exponential: --gamma; one-cycle: PyTorch's OneCycleLR up to --lr and down again, the momentum the other way."""
     seed: int = 0
     """Draws the initial weights, the order of the images and the dropout masks."""
     rng: RngName = "torch"
@@ -128,6 +132,9 @@ class Config:
         if self.optimizer not in (None, recipe.optimizer):
             lr, momentum = RATES[self.optimizer]
             recipe = replace(recipe, optimizer=self.optimizer, lr=lr, momentum=momentum)
+        if self.schedule == "one-cycle":  # sgd's momentum starts from there
+            momentum = 0.95 if recipe.optimizer == "sgd" else 0.0
+            recipe = replace(recipe, momentum=momentum, gamma=1.0, schedule=self.schedule)
         names = ("lr", "momentum", "gamma", "epochs", "batch_size")
         return replace(recipe, **{name: value for name in names if (value := getattr(self, name)) is not None})
 
@@ -137,6 +144,9 @@ class Config:
         return get_args(ModelName) if self.model == "both" else (self.model,)
 
     def _faults(self) -> Iterator[str]:
+        for name in ("gamma", "momentum"):
+            if self.schedule == "one-cycle" and getattr(self, name) is not None:
+                yield f"--{name} is for --schedule exponential only; one-cycle has its own rates and momenta"
         for model in self.models:
             recipe = self.recipe(model)
             if recipe.epochs < 1:
