@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -103,6 +104,8 @@ class Config:
     """Exit with 1 unless every model reaches this fraction of the test images, in (0, 1]."""
     out: Path | None = None
     """Folder for metrics and pictures. Default: runs/DATA-DATE-TIME."""
+    tensorboard: bool = False
+    """Write events for TensorBoard too; needs the extra: pip install -e '.[tensorboard]'."""
     checkpoint_every: int = 0
     """Write a checkpoint after every k-th step and after every epoch; 0: none."""
     resume: Path | None = None
@@ -169,6 +172,8 @@ class Config:
             yield f"--log-interval must not be negative, got {self.log_interval}"
         if self.target_accuracy is not None and not 0 < self.target_accuracy <= 1:
             yield f"--target-accuracy must be a fraction in (0, 1], got {self.target_accuracy}"
+        if self.tensorboard and not find_spec("tensorboardX"):
+            yield "--tensorboard needs tensorboardX: pip install -e '.[tensorboard]'"
         if self.data == "digits" and (self.data_dir or self.download):
             yield "--data-dir and --download need --data mnist or fashion-mnist: the digits come with scikit-learn"
 

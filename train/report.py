@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
+import numpy as np
 from jax import Array
 from rich import box
 from rich.console import Console
@@ -26,6 +28,11 @@ class Result:
     def accuracy(self) -> float:
         """The fraction of test images that the last epoch got right."""
         return self.epochs[-1].validation.accuracy
+
+    @cached_property
+    def outputs(self) -> np.ndarray:
+        """The trained model's, for the test images in order."""
+        return self.learner.evaluate()[1]
 
 
 def epoch_lines(model: ModelName, epoch: Epoch, epochs: int) -> list[str]:

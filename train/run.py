@@ -23,6 +23,7 @@ import jaxloss
 from jaxloss.parity import to_torch
 from train.config import Config, UserError
 from train.data import Dataset, load
+from train.html import save_report
 from train.loop import Epoch, Learner
 from train.plots import save_confusion, save_curves
 from train.report import Monitor, Result, table
@@ -43,12 +44,13 @@ def run(config: Config) -> int:
             results.append(_train(learner, config, folder, interrupted, console))
             if folder:
                 _save(results[-1], folder / model, data, weights=config.save_model or interrupted.is_set())
+                save_report(folder / "report.html", results, data)
             if interrupted.is_set():
                 break
     console.print(table(results))
     console.print(data.note)
     if folder:
-        console.print(f"metrics, curves and confusion matrices: {folder}")
+        console.print(f"metrics and pictures: {folder}; in one page: {folder / 'report.html'}")
     if interrupted.is_set():
         return 130  # what a shell reports after Ctrl-C
     if config.target_accuracy and not config.dry_run:
@@ -78,7 +80,7 @@ def _train(learner: Learner, config: Config, folder: Path | None, interrupted: E
             if checkpoints and within and learner.steps_done % config.checkpoint_every == 0:
                 checkpoints.save(learner, epochs)
 
-        for epoch in learner.epochs(stop, on_step):
+        for epoch in _ahead(learner.epochs(stop, on_step), config, folder and folder / learner.model, epochs):
             epochs.append(epoch)
             monitor.epoch(epoch)
             if folder:
@@ -88,6 +90,15 @@ def _train(learner: Learner, config: Config, folder: Path | None, interrupted: E
     if interrupted.is_set():
         console.print("interrupted: saving and reporting what was learned so far")
     return Result(learner, epochs)
+
+
+def _ahead(ahead: Iterator[Epoch], config: Config, folder: Path | None, done: list[Epoch]) -> Iterator[Epoch]:
+    """The epochs ahead, written for TensorBoard too if wanted."""
+    if folder is None or not config.tensorboard:
+        return ahead
+    from train.tensorboard import logged  # an optional extra
+
+    return logged(ahead, folder / "tensorboard", done)
 
 
 def _checkpoints(config: Config, folder: Path | None, learner: Learner) -> "Checkpoints | None":
@@ -146,7 +157,7 @@ def _save(result: Result, folder: Path, data: Dataset, *, weights: bool) -> None
     learner = result.learner
     title = f"{learner.model}, {learner.loss.__name__}: {result.accuracy:.2%} of {len(data.test.labels)} test images"
     save_curves(folder / "curves.png", title, result.epochs)
-    save_confusion(folder / "confusion.png", title, learner.evaluate()[1], data)
+    save_confusion(folder / "confusion.png", title, result.outputs, data)
     if weights:
         save_file(to_torch(learner.trained()), folder / "model.safetensors")
 
