@@ -15,7 +15,7 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LinearLR, OneCycleLR, StepLR
 
 from jaxloss import parity
-from jaxloss.parity import optimizer_by_name
+from jaxloss.parity import one_cycle, optimizer_by_name
 from parity_tests.gates import assert_float64_close, assert_identical, relative_l2
 
 STEPS = 200
@@ -277,3 +277,69 @@ def test_optimizer_by_name_follows_a_schedule_and_refuses_what_there_is_not(x64)
         optimizer_by_name("sgd", lr=0.1)
     with pytest.raises(TypeError, match="Adam has no momentum"):
         optimizer_by_name("Adam", lr=0.1, momentum=0.9)
+
+
+CYCLES: dict[str, dict[str, Any]] = {
+    "defaults": {"total_steps": STEPS},
+    "one step": {"total_steps": 1},
+    "four steps": {"total_steps": 4},
+    "linear": {"total_steps": 51, "anneal_strategy": "linear", "pct_start": 0.1},
+    "three phases": {"total_steps": 51, "three_phase": True},
+    "linear, three phases": {"total_steps": 50, "anneal_strategy": "linear", "three_phase": True, "pct_start": 0.45},
+    "own numbers": {"total_steps": 20, "div_factor": 3.0, "final_div_factor": 7.0, "base_momentum": 0.2},
+    "momentum's top": {"total_steps": 20, "max_momentum": 0.5, "base_momentum": 0.0},
+    "no rise": {"total_steps": 20, "pct_start": 0.0},
+    "no fall": {"total_steps": 20, "pct_start": 1.0},
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("options", CYCLES.values(), ids=CYCLES)
+def test_one_cycle_has_torchs_rate_and_momentum_at_every_step(options):
+    optimizer = SGD([torch.zeros(1)], lr=1.0, momentum=0.9)
+    scheduler, theirs = OneCycleLR(optimizer, 0.3, **options), []
+    for count in range(options["total_steps"]):
+        theirs.append([optimizer.param_groups[0][name] for name in ("lr", "momentum")])
+        optimizer.step()
+        if count < options["total_steps"] - 1:
+            scheduler.step()
+    cycle = one_cycle(0.3, **options)
+    ours = [[cycle.lr(count).item(), cycle.momentum(count).item()] for count in range(len(theirs))]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+    ends = [options["total_steps"] + 1, options["total_steps"] + 100]
+    assert np.isnan([[cycle.lr(count), cycle.momentum(count)] for count in ends]).all()
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["sgd-momentum", "adamw", "rmsprop-centered"])
+def test_one_cycle_by_name_takes_torchs_steps(name):
+    cycle, options = one_cycle(0.1, STEPS), {}
+    if name == "adamw":
+        options["betas"] = (cycle.momentum, 0.999)
+    else:
+        options["momentum"] = cycle.momentum
+    if name == "rmsprop-centered":
+        options |= {"centered": True, "weight_decay": 0.1}
+    kind = {"sgd-momentum": "SGD", "adamw": "AdamW", "rmsprop-centered": "RMSprop"}[name]
+    ours = run_optax(optimizer_by_name(kind, lr=cycle.lr, **options))
+    make = OPTIMIZERS[name]
+    assert_float64_close(ours, run_torch(make, SCHEDULERS["one-cycle"]), tolerance=1e-12)
+    still = run_optax(optimizer_by_name(kind, lr=cycle.lr, **({"momentum": 0.95} if kind != "AdamW" else {})))
+    assert relative_l2(still["kernel"], ours["kernel"]) > 1e-6, "the momentum moves"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"total_steps": 0}, "total_steps must be at least 1"),
+        ({"total_steps": 9, "pct_start": 1.5}, r"pct_start in \[0, 1\]"),
+        ({"total_steps": 10, "pct_start": 0.1}, "not 1 / total_steps, got 10 and 0.1"),
+        ({"total_steps": 9, "anneal_strategy": "cosine"}, "one of cos, linear, got 'cosine'"),
+    ],
+)
+def test_one_cycle_refuses_what_torch_refuses(options, message):
+    optimizer = SGD([torch.zeros(1)], lr=1.0, momentum=0.9)
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        OneCycleLR(optimizer, 0.3, **options)
+    with pytest.raises(ValueError, match=message):
+        one_cycle(0.3, **options)

@@ -5,14 +5,16 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from tyro.conf import arg
 
 ModelName = Literal["cnn", "net"]
 DataName = Literal["digits", "mnist", "fashion-mnist"]
 OptimizerName = Literal["sgd", "adam", "adamw", "adadelta"]
+ScheduleName = Literal["exponential", "one-cycle"]
 RngName = Literal["torch", "jax"]
 
 
@@ -35,6 +37,7 @@ class Recipe:
     gamma: float
     epochs: int
     batch_size: int
+    schedule: ScheduleName = "exponential"
 
 
 # The notes' SGD (.01, momentum .5) suits MNIST's 60,000 images; on 1,437 digits it stays at chance for epochs.
@@ -86,6 +89,8 @@ class Config:
     lr: Annotated[float | None, _per_model("lr", "Learning rate.")] = None
     momentum: Annotated[float | None, _per_model("momentum", "For sgd only, in [0, 1).")] = None
     gamma: Annotated[float | None, _per_model("gamma", "Multiplies lr after each epoch; in (0, 1].")] = None
+    schedule: ScheduleName = "exponential"
+    """exponential: --gamma; one-cycle: PyTorch's OneCycleLR up to --lr and down again, the momentum the other way."""
     seed: int = 0
     """Draws the initial weights, the order of the images and the dropout masks."""
     rng: RngName = "torch"
@@ -100,6 +105,8 @@ class Config:
     """Exit with 1 unless every model reaches this fraction of the test images, in (0, 1]."""
     out: Path | None = None
     """Folder for metrics and pictures. Default: runs/DATA-DATE-TIME."""
+    tensorboard: bool = False
+    """Write events for TensorBoard too; needs the extra: pip install -e '.[tensorboard]'."""
     checkpoint_every: int = 0
     """Write a checkpoint after every k-th step and after every epoch; 0: none."""
     resume: Path | None = None
@@ -140,6 +147,9 @@ class Config:
         if self.optimizer not in (None, recipe.optimizer):
             lr, momentum = RATES[self.optimizer]
             recipe = replace(recipe, optimizer=self.optimizer, lr=lr, momentum=momentum)
+        if self.schedule == "one-cycle":  # sgd's momentum starts from there
+            momentum = 0.95 if recipe.optimizer == "sgd" else 0.0
+            recipe = replace(recipe, momentum=momentum, gamma=1.0, schedule=self.schedule)
         names = ("lr", "momentum", "gamma", "epochs", "batch_size")
         return replace(recipe, **{name: value for name in names if (value := getattr(self, name)) is not None})
 
@@ -149,6 +159,9 @@ class Config:
         return get_args(ModelName) if self.model == "both" else (self.model,)
 
     def _faults(self) -> Iterator[str]:
+        for name in ("gamma", "momentum"):
+            if self.schedule == "one-cycle" and getattr(self, name) is not None:
+                yield f"--{name} is for --schedule exponential only; one-cycle has its own rates and momenta"
         for model in self.models:
             recipe = self.recipe(model)
             if recipe.epochs < 1:
@@ -172,6 +185,8 @@ class Config:
             yield f"--log-interval must not be negative, got {self.log_interval}"
         if self.target_accuracy is not None and not 0 < self.target_accuracy <= 1:
             yield f"--target-accuracy must be a fraction in (0, 1], got {self.target_accuracy}"
+        if self.tensorboard and not find_spec("tensorboardX"):
+            yield "--tensorboard needs tensorboardX: pip install -e '.[tensorboard]'"
         if self.data == "digits" and (self.data_dir or self.download):
             yield "--data-dir and --download need --data mnist or fashion-mnist: the digits come with scikit-learn"
 
@@ -185,7 +200,7 @@ class Config:
         if self.coordinator not in (None, "auto"):
             if None in place:
                 yield "--coordinator needs --num-processes and --process-id"
-            elif not 0 <= self.process_id < self.num_processes:
+            elif not 0 <= cast(int, self.process_id) < cast(int, self.num_processes):
                 yield f"--process-id must lie in [0, {self.num_processes}), got {self.process_id}"
             if not re.fullmatch(r".+:\d+", self.coordinator):
                 yield f"--coordinator must be HOST:PORT or auto, got {self.coordinator}"

@@ -22,6 +22,7 @@ from train.config import ModelName, Recipe, RngName, UserError
 from train.data import Dataset, Split
 from train.models import DropoutMasks
 from train.randomness import RANDOMNESS
+from train.schedules import learning_rate, optimizer_options
 
 IGNORED = -100  # the losses' default ignore_index, as the label of the rows that only fill up a batch
 EVALUATION_BATCH = 250
@@ -68,19 +69,15 @@ class Epoch:
     """One epoch's results; the last one is short if it was interrupted."""
 
     number: int
-    lr: float
+    lr: float  # at its first step
     training: Phase
     validation: Phase
 
 
 def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
-    """The recipe's optimizer with PyTorch's defaults, its rate multiplied by gamma after each epoch.
-
-    The notes' loop did this after each validation batch, which makes the rate depend on the batch size.
-    """
+    """The recipe's optimizer with PyTorch's defaults, its rate as the recipe's schedule moves it."""
     name = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "adadelta": "Adadelta"}[recipe.optimizer]
-    options = {"momentum": recipe.momentum} if name == "SGD" else {}
-    return optimizer_by_name(name, lr=lambda count: recipe.lr * recipe.gamma ** (count // steps_per_epoch), **options)
+    return optimizer_by_name(name, **optimizer_options(recipe, steps_per_epoch))
 
 
 def batched(order: np.ndarray, size: int, devices: int = 1) -> np.ndarray:
@@ -253,7 +250,7 @@ class Learner:
             if not math.isfinite(training.loss + validation.loss):
                 raise UserError(f"{self.model}: the loss is not finite after epoch {number}: lower --lr", exit_code=1)
             self.epoch, self.step = number + 1, 0
-            yield Epoch(number, self.recipe.lr * self.recipe.gamma ** (number - 1), training, validation)
+            yield Epoch(number, learning_rate(self.recipe, self.steps_per_epoch, number), training, validation)
             if stop.is_set():
                 return
 

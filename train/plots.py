@@ -17,15 +17,20 @@ def save_curves(path: Path, title: str, epochs: Sequence[Epoch]) -> None:
     """Loss and accuracy by epoch, for both phases."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.suptitle(title)
-    numbers = [epoch.number for epoch in epochs]
-    for axes, quantity, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), (" (nats)", ""), strict=True):
-        for phase, style in (("training", "C0.--"), ("validation", "C1.-")):
-            axes.plot(numbers, [getattr(getattr(epoch, phase), quantity) for epoch in epochs], style, label=phase)
-        axes.set(xlabel="epoch", ylabel=quantity + unit)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        draw_curve(axes, epochs, quantity)
     figure.savefig(path, dpi=150)
+
+
+def draw_curve(axes: Axes, epochs: Sequence[Epoch], quantity: str) -> None:
+    """One quantity by epoch, for both phases."""
+    numbers = [epoch.number for epoch in epochs]
+    for phase, style in (("training", "C0.--"), ("validation", "C1.-")):
+        axes.plot(numbers, [getattr(getattr(epoch, phase), quantity) for epoch in epochs], style, label=phase)
+    axes.set(xlabel="epoch", ylabel="loss (nats)" if quantity == "loss" else quantity)
+    axes.locator_params("x", integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 def save_confusion(path: Path, title: str, outputs: np.ndarray, data: Dataset) -> None:

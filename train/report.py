@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 from jax import Array
 from rich import box
 from rich.console import Console
@@ -21,6 +22,7 @@ class Result:
 
     learner: Learner
     epochs: list[Epoch]
+    outputs: np.ndarray  # the trained model's, for the test images in order
 
     @property
     def accuracy(self) -> float:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import flax
 import jax
-import numpy as np
 import optax
 from jax import Array
 from rich.console import Console
@@ -26,6 +25,7 @@ from jaxloss.parity import to_torch
 from train.config import Config, UserError
 from train.data import Dataset, load
 from train.devices import join, make_mesh, watched
+from train.html import save_report
 from train.loop import Epoch, Learner
 from train.plots import save_confusion, save_curves
 from train.report import Monitor, Result, table
@@ -48,17 +48,16 @@ def run(config: Config) -> int:
             dispatch = _dispatch(config)
             learner = Learner(model, config.recipe(model), data, config.seed, config.rng, mesh=mesh, dispatch=dispatch)
             results.append(_train(learner, config, folder, interrupted, console))
-            if not config.dry_run:
-                _, outputs = learner.evaluate()  # of all processes together
             if folder:
                 weights = config.save_model or interrupted.is_set()
-                _save(results[-1], folder / model, outputs, data, weights=weights)
+                _save(results[-1], folder / model, data, weights=weights)
+                save_report(folder / "report.html", results, data)
             if interrupted.is_set():
                 break
     console.print(table(results))
     console.print(data.note)
     if folder:
-        console.print(f"metrics, curves and confusion matrices: {folder}")
+        console.print(f"metrics and pictures: {folder}; in one page: {folder / 'report.html'}")
     if interrupted.is_set():
         return 130  # what a shell reports after Ctrl-C
     if config.target_accuracy and not config.dry_run:
@@ -89,7 +88,7 @@ def _train(learner: Learner, config: Config, folder: Path | None, interrupted: E
             if folder and checkpoints and within and learner.steps_done % config.checkpoint_every == 0:
                 checkpoints.save(learner, epochs)
 
-        for epoch in learner.epochs(stop, on_step):
+        for epoch in _ahead(learner.epochs(stop, on_step), config, folder and folder / learner.model, epochs):
             epochs.append(epoch)
             monitor.epoch(epoch)
             if folder:
@@ -98,13 +97,22 @@ def _train(learner: Learner, config: Config, folder: Path | None, interrupted: E
                 checkpoints.save(learner, epochs)
     if interrupted.is_set():
         console.print("interrupted: saving and reporting what was learned so far")
-    return Result(learner, epochs)
+    return Result(learner, epochs, learner.evaluate()[1])
 
 
 def _dispatch(config: Config) -> int:
     """How many steps at once, so that each checkpoint falls between two dispatches."""
     asked = config.dispatch or (1 if jax.default_backend() == "cpu" else 20)
     return math.gcd(asked, config.checkpoint_every)
+
+
+def _ahead(ahead: Iterator[Epoch], config: Config, folder: Path | None, done: list[Epoch]) -> Iterator[Epoch]:
+    """The epochs ahead, written for TensorBoard too if wanted."""
+    if folder is None or not config.tensorboard:
+        return ahead
+    from train.tensorboard import logged  # an optional extra
+
+    return logged(ahead, folder / "tensorboard", done)
 
 
 def _checkpoints(config: Config, folder: Path | None, learner: Learner) -> "Checkpoints | None":
@@ -158,12 +166,12 @@ def _record(folder: Path, epochs: list[Epoch], mode: str = "a") -> None:
             print(json.dumps({"epoch": epoch.number, "lr": epoch.lr, **phases, "timing": timing}), file=file)
 
 
-def _save(result: Result, folder: Path, outputs: np.ndarray, data: Dataset, *, weights: bool) -> None:
+def _save(result: Result, folder: Path, data: Dataset, *, weights: bool) -> None:
     """The pictures of one model, and its weights if wanted."""
     learner = result.learner
     title = f"{learner.model}, {learner.loss.__name__}: {result.accuracy:.2%} of {len(data.test.labels)} test images"
     save_curves(folder / "curves.png", title, result.epochs)
-    save_confusion(folder / "confusion.png", title, outputs, data)
+    save_confusion(folder / "confusion.png", title, result.outputs, data)
     if weights:
         save_file(to_torch(learner.trained()), folder / "model.safetensors")
 

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from jaxloss.parity._assert_close import assert_close
     from jaxloss.parity._check import check
     from jaxloss.parity._report import Report
-    from jaxloss.parity.optimizers import clip_grad_norm, optimizer, optimizer_by_name
+    from jaxloss.parity.optimizers import clip_grad_norm, one_cycle, optimizer, optimizer_by_name
     from jaxloss.parity.weights import load_torch, to_torch, weight_map
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "check",
     "clip_grad_norm",
     "load_torch",
+    "one_cycle",
     "optimizer",
     "optimizer_by_name",
     "to_torch",
@@ -28,6 +29,7 @@ _HOMES = {
     "check": "_check",
     "clip_grad_norm": "optimizers",
     "load_torch": "weights",
+    "one_cycle": "optimizers",
     "optimizer": "optimizers",
     "optimizer_by_name": "optimizers",
     "to_torch": "weights",

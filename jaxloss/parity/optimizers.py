@@ -1,12 +1,13 @@
 """PyTorch's optimizers and learning-rate schedulers as optax transformations that take the same steps."""
 
 import math
-from collections.abc import Callable, Hashable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 if TYPE_CHECKING:  # not needed where there is no PyTorch object to translate
@@ -15,7 +16,8 @@ if TYPE_CHECKING:  # not needed where there is no PyTorch object to translate
 
 Options = Mapping[str, Any]  # one of PyTorch's param groups: hyperparameters by PyTorch's names
 Buffers = dict[str, Any]
-Schedule = Callable[[Int[Array, ""]], dict[str, Float[Array, ""]]]
+Rate = Callable[[Int[ArrayLike, ""]], Float[Array, ""]]  # of the number of updates made
+Schedule = Callable[[Int[Array, ""]], dict[str, Any]]  # the options that change, then
 Rule = Callable[[Array, Array, Buffers, Int[Array, ""], Options], tuple[Array, Buffers]]
 
 
@@ -92,15 +94,17 @@ def optimizer(
     return transformations[0]
 
 
+@no_type_check
 def optimizer_by_name(
-    name: str, *, lr: float | Callable[[Int[Array, ""]], Float[Array, ""]], **options: Any
+    name: str, *, lr: float | Callable[[Int[Array, ""]], Float[ArrayLike, ""]], **options: Any
 ) -> optax.GradientTransformation:
     """Returns what `optimizer` gives for a PyTorch optimizer of this name, without PyTorch.
 
     Args:
         name: "SGD", "Adam", "AdamW", "RMSprop", "Adagrad" or "Adadelta".
         lr: learning rate, or a function of the number of updates made.
-        options: PyTorch's keyword arguments; the others have PyTorch's defaults.
+        options: PyTorch's keyword arguments; the others have PyTorch's defaults. A number may again be a function:
+            `momentum=cycle.momentum` or `betas=(cycle.momentum, 0.999)` with the `cycle` of `one_cycle`.
 
     Returns:
         The transformation. `update` needs `params` where there is weight decay: AdamW has some by default.
@@ -123,8 +127,79 @@ def optimizer_by_name(
     defaults = {**_COMMON_DEFAULTS, **_DEFAULTS[name]}
     if unknown := options.keys() - defaults.keys():
         raise TypeError(f"optimizer_by_name: {name} has no {', '.join(sorted(unknown))}.")
-    schedule: Schedule = (lambda count: {"lr": lr(count)}) if callable(lr) else (lambda count: {})
-    return _transformation(name, {**defaults, **options, "lr": lr}, schedule)
+    values = {**defaults, **options, "lr": lr}
+    moving = {key: value for key, value in values.items() if any(map(callable, jax.tree.leaves(value)))}
+    return _transformation(name, values, _following(moving))
+
+
+class OneCycle(NamedTuple):
+    """PyTorch's OneCycleLR: two functions of the number of updates made."""
+
+    lr: Rate
+    momentum: Rate  # for SGD's momentum or Adam's first beta
+
+
+@no_type_check
+def one_cycle(
+    max_lr: float,
+    total_steps: int,
+    *,
+    pct_start: float = 0.3,
+    anneal_strategy: Literal["cos", "linear"] = "cos",
+    base_momentum: float = 0.85,
+    max_momentum: float = 0.95,
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+    three_phase: bool = False,
+) -> OneCycle:
+    """Returns PyTorch's OneCycleLR for `optimizer_by_name`, without PyTorch.
+
+    The rate rises from max_lr / div_factor to max_lr and falls to max_lr / div_factor / final_div_factor, while the
+    momentum falls and rises. Leave the momentum alone for `cycle_momentum=False`.
+
+    Args:
+        max_lr: the highest learning rate.
+        total_steps: updates in the whole training, at least 1.
+        pct_start: the fraction of them, in [0, 1], in which the rate rises.
+        anneal_strategy: "cos" or "linear".
+        base_momentum: the lowest momentum, at the highest rate.
+        max_momentum: the momentum at the start and at the end.
+        div_factor: max_lr over the first rate.
+        final_div_factor: the first rate over the last one.
+        three_phase: fall to the first rate as fast as the rate rose, and to the last one after that.
+
+    Returns:
+        The functions `lr` and `momentum`, with scalar values. Past count `total_steps`, where PyTorch raises, both
+        are NaN.
+
+    Raises:
+        ValueError: an argument outside its range; or pct_start · total_steps is 1, so that the rise has no length
+            (PyTorch divides by zero).
+
+    Examples:
+        >>> from jaxloss import parity
+        >>> cycle = parity.one_cycle(0.1, total_steps=100)
+        >>> [round(float(cycle.lr(count)), 6) for count in (0, 29, 99)]
+        [0.004, 0.1, 0.0]
+        >>> sgd = parity.optimizer_by_name("SGD", lr=cycle.lr, momentum=cycle.momentum)
+
+    References:
+        https://docs.pytorch.org/docs/stable/generated/torch.optim.lr_scheduler.OneCycleLR.html
+    """
+    if anneal_strategy not in _ANNEALS:
+        raise ValueError(f"one_cycle: anneal_strategy must be one of {', '.join(_ANNEALS)}, got {anneal_strategy!r}.")
+    if total_steps < 1 or not 0 <= pct_start <= 1 or pct_start * total_steps == 1:
+        raise ValueError(
+            "one_cycle: total_steps must be at least 1, and pct_start in [0, 1] and not 1 / total_steps, got "
+            f"{total_steps} and {pct_start}."
+        )
+    first, rise, last = max_lr / div_factor, pct_start * total_steps - 1, total_steps - 1.0
+    ends, rates, momenta = [rise, last], [first, max_lr, first / final_div_factor], [max_momentum, base_momentum]
+    if three_phase:
+        ends, rates = [rise, 2 * rise, last], [first, max_lr, first, first / final_div_factor]
+    momenta += [max_momentum] * (len(ends) - 1)
+    anneal = _ANNEALS[anneal_strategy]
+    return OneCycle(_annealed(ends, rates, anneal), _annealed(ends, momenta, anneal))
 
 
 def clip_grad_norm(max_norm: float, norm_type: float = 2.0) -> optax.GradientTransformation:
@@ -259,7 +334,7 @@ def _adam_buffers(options: Options) -> list[str]:
 
 
 def _rmsprop_buffers(options: Options) -> list[str]:
-    optional = {"grad_avg": options["centered"], "momentum_buffer": options["momentum"] > 0}
+    optional = {"grad_avg": options["centered"], "momentum_buffer": options["momentum"]}
     return ["square_avg", *(name for name, used in optional.items() if used)]
 
 
@@ -336,26 +411,38 @@ def _cosine_annealing_lr(scheduler: Any, group: Options) -> Schedule:
 
 def _one_cycle_lr(scheduler: Any, group: Options) -> Schedule:
     phases = scheduler._schedule_phases  # PyTorch keeps the three_phase option nowhere else
-    anneal = {"cos": _anneal_cosine, "linear": _anneal_linear}[scheduler._anneal_func_type]
+    ends = [float(phase["end_step"]) for phase in phases]
 
-    def along(epoch: Array, what: str) -> Array:
+    def along(what: str) -> Rate:
+        names = [phases[0][f"start_{what}"], *(phase[f"end_{what}"] for phase in phases)]
+        return _annealed(ends, [float(group[name]) for name in names], _ANNEALS[scheduler._anneal_func_type])
+
+    moving: dict[str, Any] = {"lr": along("lr")}
+    if scheduler.cycle_momentum and scheduler.use_beta1:
+        moving["betas"] = (along("momentum"), group["betas"][1])
+    elif scheduler.cycle_momentum:
+        moving["momentum"] = along("momentum")
+    return _following(moving)
+
+
+def _following(moving: Options) -> Schedule:
+    """Calls what is a function in the options, or in a tuple among them, with the number of updates made."""
+    return lambda count: jax.tree.map(lambda value: value(count) if callable(value) else value, dict(moving))
+
+
+def _annealed(ends: Sequence[float], values: Sequence[float], anneal: Callable[[float, float, Array], Array]) -> Rate:
+    """From each value to the next one, one phase each, between the counts that end them; NaN past the last one."""
+
+    def at(count: Int[ArrayLike, ""]) -> Float[Array, ""]:
+        count = jnp.asarray(count)
         start, value = 0.0, jnp.nan
-        for i, phase in enumerate(phases):
-            part = (epoch - start) / (phase["end_step"] - start)
-            here = anneal(group[phase[f"start_{what}"]], group[phase[f"end_{what}"]], part)
-            value = here if i == 0 else jnp.where(epoch <= start, value, here)
-            start = phase["end_step"]
-        return jnp.where(epoch > scheduler.total_steps, jnp.nan, value)
+        for i, end in enumerate(ends):
+            here = anneal(values[i], values[i + 1], (count - start) / (end - start))
+            value = here if i == 0 else jnp.where(count <= start, value, here)
+            start = end
+        return jnp.where(count > ends[-1] + 1, jnp.nan, value)
 
-    def changing(epoch: Array) -> dict[str, Any]:
-        options: dict[str, Any] = {"lr": along(epoch, "lr")}
-        if scheduler.cycle_momentum and scheduler.use_beta1:
-            options["betas"] = (along(epoch, "momentum"), group["betas"][1])
-        elif scheduler.cycle_momentum:
-            options["momentum"] = along(epoch, "momentum")
-        return options
-
-    return changing
+    return at
 
 
 def _anneal_cosine(start: float, end: float, part: Array) -> Array:
@@ -366,6 +453,7 @@ def _anneal_linear(start: float, end: float, part: Array) -> Array:
     return start + (end - start) * part
 
 
+_ANNEALS = {"cos": _anneal_cosine, "linear": _anneal_linear}
 _SCHEDULERS: dict[str, Callable[[Any, Options], Schedule]] = {
     "StepLR": _step_lr,
     "ExponentialLR": _exponential_lr,
