@@ -16,9 +16,11 @@ from scipy.special import log_softmax
 from jaxloss import cross_entropy
 from train.config import Recipe, UserError
 from train.data import Dataset, Split, load
-from train.loop import Learner, State, batched, make_optimizer, take, training_step, zero_totals
+from train.loop import Learner
 from train.models import CNN
 from train.plots import confusion, worst_mistakes
+from train.schedules import make_optimizer
+from train.steps import State, batched, functional, take, training_step, zero_totals
 
 STILL = Recipe("sgd", lr=1e-30, momentum=0.0, gamma=1.0, epochs=3, batch_size=32)  # no weight moves in float32
 STOPPED = Event()
@@ -100,13 +102,14 @@ def test_take_ignores_padding_and_scales_pixels() -> None:
     assert set(images.ravel().tolist()) == {2.0}
 
 
-def test_padding_changes_neither_step_nor_totals(data: Dataset) -> None:
-    graph, params, streams = nnx.split(CNN(nnx.Rngs(0)), nnx.Param, nnx.RngState)
+@pytest.mark.parametrize("at_once", [8, 3])
+def test_neither_padding_nor_parts_change_a_step(data: Dataset, at_once: int) -> None:
+    forward, params = functional(CNN(nnx.Rngs(0)))
     optimizer = make_optimizer(Recipe("sgd", 0.1, 0.9, 1.0, 1, 4), steps_per_epoch=1)
-    state = State(params, streams, optimizer.init(params), zero_totals())
-    step = jax.jit(partial(training_step, graph, cross_entropy, optimizer))
-    short, short_cost = step(state, data.train, jnp.arange(5))
-    padded, padded_cost = step(state, data.train, jnp.array([0, 1, 2, 3, 4, -1, -1, -1]))
+    state = State(params, optimizer.init(params), zero_totals())
+    step = jax.jit(partial(training_step, forward, cross_entropy, optimizer), static_argnames="at_once")
+    short, short_cost = step(state, data.train, (jnp.arange(5), ()), at_once=5)
+    padded, padded_cost = step(state, data.train, (jnp.array([0, 1, 2, 3, 4, -1, -1, -1]), ()), at_once=at_once)
     np.testing.assert_allclose(short_cost, padded_cost, rtol=1e-6)
     np.testing.assert_allclose(short.totals, padded.totals, rtol=1e-6)
     for left, right in zip(jax.tree.leaves(short.params), jax.tree.leaves(padded.params), strict=True):

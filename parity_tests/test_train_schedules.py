@@ -12,8 +12,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from parity_tests.test_train_data import Capture
 from train.__main__ import main
 from train.config import Config, Recipe
-from train.loop import make_optimizer
-from train.schedules import learning_rate
+from train.schedules import learning_rate, make_optimizer
 
 EPOCHS, STEPS = 4, 3  # steps in each
 TORCH = {

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -87,7 +86,7 @@ class Checkpoints:
         )
         found = self._manager.restore(step, args=items)
         arrays, progress = found["arrays"], found["progress"]
-        learner.state = learner.place(_like(learner.state, arrays["state"]))
+        learner.state = learner.place(jax.tree.unflatten(jax.tree.structure(learner.state), arrays["state"]))
         learner.random.set_state(arrays["random"])
         learner.order = np.asarray(arrays["order"])
         learner.epoch, learner.step = progress["epoch"], progress["step"]
@@ -98,15 +97,5 @@ class Checkpoints:
 
 
 def _plain(tree: Any) -> list[np.ndarray]:
-    """The leaves on the host, random keys as their bits."""
-    return [np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf) for leaf in jax.tree.leaves(tree)]
-
-
-def _like(tree: Any, leaves: Sequence[jax.Array]) -> Any:
-    old, structure = jax.tree.flatten(tree)
-    new = [jax.random.wrap_key_data(b) if _is_key(a) else jnp.asarray(b) for a, b in zip(old, leaves, strict=True)]
-    return structure.unflatten(new)
-
-
-def _is_key(leaf: jax.Array) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+    """The leaves, on the host."""
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]

@@ -1,11 +1,11 @@
-"""The training loop: one compiled step with donated state, and an evaluation that sees every image."""
+"""The training loop: compiled steps with donated state, and an evaluation that sees every image."""
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,42 +14,31 @@ import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
 
 from jaxloss import cross_entropy, nll_loss
-from jaxloss.parity import optimizer_by_name
 from train.config import ModelName, Recipe, RngName, UserError
 from train.data import Dataset, Split
-from train.models import DropoutMasks
 from train.randomness import RANDOMNESS
-from train.schedules import learning_rate, optimizer_options
+from train.schedules import learning_rate, make_optimizer
+from train.steps import (
+    Batch,
+    Loss,
+    State,
+    Totals,
+    batched,
+    evaluation_step,
+    functional,
+    training_step,
+    zero_totals,
+)
 
-IGNORED = -100  # the losses' default ignore_index, as the label of the rows that only fill up a batch
 EVALUATION_BATCH = 250
+CPU_AT_ONCE = 50  # images whose activations a processor's cache holds
 
-Loss = Callable[..., Array]
-Batch = tuple[ArrayLike, tuple[DropoutMasks, ...]]  # rows of a split, -1 for none, and dropout's masks
 LOSSES: dict[ModelName, Loss] = {
     "cnn": cross_entropy,  # of logits
     "net": nll_loss,  # of log-probabilities
 }
-
-
-class Totals(NamedTuple):
-    """Sums that stay on the device until a phase ends."""
-
-    costs: ArrayLike  # of every batch's mean loss
-    losses: ArrayLike  # of every image's loss
-    correct: ArrayLike
-
-
-class State(NamedTuple):
-    """What a step changes. It is donated: each step writes into the last one's buffers."""
-
-    params: nnx.State
-    streams: nnx.State  # dropout's random numbers
-    optimizer: optax.OptState
-    totals: Totals
 
 
 @dataclass(frozen=True)
@@ -74,85 +63,11 @@ class Epoch:
     validation: Phase
 
 
-def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
-    """The recipe's optimizer with PyTorch's defaults, its rate as the recipe's schedule moves it."""
-    name = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "adadelta": "Adadelta"}[recipe.optimizer]
-    return optimizer_by_name(name, **optimizer_options(recipe, steps_per_epoch))
-
-
-def batched(order: np.ndarray, size: int, devices: int = 1) -> np.ndarray:
-    """Cut ``order`` into rows of ``size``, filled up with -1: every batch has one shape, which ``devices`` divides."""
-    rows = np.pad(order.astype(np.int32), (0, -len(order) % size), constant_values=-1).reshape(-1, size)
-    return np.pad(rows, ((0, 0), (0, -size % devices)), constant_values=-1)
-
-
-def take(split: Split, rows: Array, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[Array, Array]:
-    """Pixels as a model sees them, with a channel axis, and labels; row -1 is some image with the ignored label."""
-    images = jnp.asarray(split.images)[rows, :, :, None].astype(dtype) / 255
-    labels = jnp.where(rows < 0, IGNORED, jnp.asarray(split.labels)[rows].astype(jnp.int32))
-    return (images - split.mean) / split.deviation, labels
-
-
-def zero_totals() -> Totals:
-    """On the host: a step writes into its last totals' buffers."""
-    return Totals(*(np.zeros((), jax.dtypes.canonicalize_dtype(dtype)) for dtype in (float, float, np.int32)))
-
-
 def read(totals: Totals, steps: int, images: int, start: float) -> Phase:
     """Wait for the device and turn sums into means: the one host read of a phase."""
     costs, losses, correct = jax.device_get(totals)
     seconds = time.perf_counter() - start
     return Phase(steps, images, float(costs) / steps, float(losses) / images, int(correct) / images, seconds)
-
-
-def count_correct(outputs: Array, labels: Array) -> Array:
-    """How many rows have their largest output at the label; ignored rows never do."""
-    return jnp.sum(outputs.argmax(axis=-1) == labels, dtype=jnp.int32)
-
-
-def dtype_of(params: nnx.State) -> np.dtype:
-    """The one in which a model computes."""
-    return jax.tree.leaves(params)[0].dtype
-
-
-def training_step(
-    graph: nnx.GraphDef,
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    state: State,
-    split: Split,
-    rows: Array,
-    masks: tuple[DropoutMasks, ...] = (),
-) -> tuple[State, Array]:
-    """One optimizer step on the images at ``rows``, with dropout's masks if it gets any; also their mean loss."""
-    images, labels = take(split, rows, dtype_of(state.params))
-
-    def objective(params: nnx.State) -> tuple[Array, tuple[Array, nnx.State]]:
-        module = nnx.merge(graph, params, state.streams, copy=True)  # a stream may only advance in its own trace
-        outputs = module(images, *masks)
-        return loss(outputs, labels), (outputs, nnx.state(module, nnx.RngState))
-
-    (cost, (outputs, streams)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    totals = Totals(
-        state.totals.costs + cost,
-        state.totals.losses + cost * jnp.sum(rows >= 0),
-        state.totals.correct + count_correct(outputs, labels),
-    )
-    params = cast(nnx.State, optax.apply_updates(state.params, updates))
-    return State(params, streams, optimizer_state, totals), cost
-
-
-def evaluation_step(
-    graph: nnx.GraphDef, loss: Loss, params: nnx.State, streams: nnx.State, totals: Totals, split: Split, rows: Array
-) -> tuple[Totals, Array]:
-    """Add the images at ``rows`` to ``totals``; also returns the model's outputs for them."""
-    images, labels = take(split, rows, dtype_of(params))
-    outputs = nnx.merge(graph, params, streams)(images)
-    total = loss(outputs, labels, reduction="sum")
-    mean = total / jnp.sum(rows >= 0)
-    totals = Totals(totals.costs + mean, totals.losses + total, totals.correct + count_correct(outputs, labels))
-    return totals, outputs
 
 
 class Learner:
@@ -197,43 +112,52 @@ class Learner:
         self.epoch, self.step, self.order = 1, 0, np.arange(len(data.train.labels))
 
         self.loss = LOSSES[model]
-        module = self.random.module()
-        self.graph, params, streams = nnx.split(module, nnx.Param, nnx.RngState)
+        self.module = self.random.module()
+        self.forward, params = functional(self.module)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        module.eval()
-        evaluating = nnx.graphdef(module)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         optimizer = make_optimizer(recipe, self.steps_per_epoch)
-        self.state = self.place(State(params, streams, optimizer.init(params), zero_totals()))
+        self.state = self.place(State(params, optimizer.init(params), zero_totals()))
+        self._compile(optimizer)
+        self.compile_seconds = time.perf_counter() - start
+
+    def _compile(self, optimizer: optax.GradientTransformation) -> None:
+        """The programs, for the shapes that every batch has."""
+        empty = batched(np.array([-1]), self.batch_size, self.devices)[0]
+        at_once = CPU_AT_ONCE if self.devices == 1 and jax.default_backend() == "cpu" else len(empty)
 
         def step(state: State, split: Split, batch: Batch) -> tuple[State, Array]:
-            rows, masks = jax.lax.with_sharding_constraint(batch, self._divided)
-            return training_step(self.graph, self.loss, optimizer, state, split, rows, masks)
+            batch = jax.lax.with_sharding_constraint(batch, self._divided)
+            return training_step(self.forward, self.loss, optimizer, state, split, batch, at_once)
 
         def steps(state: State, split: Split, batches: Batch) -> tuple[State, Array]:
             return jax.lax.scan(lambda state, batch: step(state, split, batch), state, batches)
 
+        evaluated = nnx.clone(self.module)
+        evaluated.eval()
+        predict, _ = functional(evaluated)
+
         def evaluate(params: nnx.State, totals: Totals, split: Split, rows: Array) -> tuple[Totals, Array]:
             rows = jax.lax.with_sharding_constraint(rows, self._divided)
-            return evaluation_step(evaluating, self.loss, params, streams, totals, split, rows)
+            return evaluation_step(predict, self.loss, params, totals, split, rows)
 
         def compiled(program: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = ()) -> Callable[..., Any]:
             jitted = jax.jit(program, in_shardings=self._whole, out_shardings=self._whole, donate_argnums=donated)
             return jitted.lower(*arguments).compile()
 
-        empty = batched(np.array([-1]), self.batch_size, self.devices)[0]
         batch = self._with_masks(empty)
         self._step = compiled(step, self.state, self.train, batch, donated=(0,))
-        if dispatch > 1:
-            batches = jax.tree.map(lambda array: np.stack([array] * dispatch), batch)
+        if self.dispatch > 1:
+            batches = jax.tree.map(lambda array: np.stack([array] * self.dispatch), batch)
             self._steps = compiled(steps, self.state, self.train, batches, donated=(0,))
         rows = batched(np.arange(1), EVALUATION_BATCH, self.devices)[0]
-        self._evaluate = compiled(evaluate, params, zero_totals(), self.test, rows)
-        self.compile_seconds = time.perf_counter() - start
+        self._evaluate = compiled(evaluate, self.state.params, zero_totals(), self.test, rows)
 
     def trained(self) -> nnx.Module:
         """The model with what it has learned."""
-        return nnx.merge(self.graph, self.state.params, self.state.streams)
+        module = nnx.clone(self.module)
+        nnx.update(module, self.state.params)
+        return module
 
     @property
     def steps_done(self) -> int:

@@ -1,8 +1,10 @@
 """Where a training's random numbers come from: what PyTorch draws for a seed, or jax.random."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -55,15 +57,15 @@ class TorchRandomness:
 
 
 class JaxRandomness:
-    """Weights and dropout from jax.random, orders from NumPy."""
+    """Weights and masks from jax.random, orders from NumPy."""
 
     def __init__(self, model: ModelName, seed: int) -> None:
         """Draws nothing yet."""
         self.model: ModelName = model
-        self.seed = seed
+        self.seed, self.steps = seed, 0
 
     def module(self) -> nnx.Module:
-        """The model with its first weights and its stream for dropout."""
+        """The model with its first weights."""
         return {"cnn": CNN, "net": Net}[self.model](nnx.Rngs(self.seed))
 
     def order(self, epoch: int, count: int) -> np.ndarray:
@@ -71,19 +73,33 @@ class JaxRandomness:
         return np.random.default_rng([self.seed, epoch]).permutation(count)
 
     def masks(self, images: int, size: int) -> tuple[DropoutMasks, ...]:
-        """None: the model draws its own."""
-        return ()
+        """What dropout keeps of a batch, whatever size it is filled up to; nothing for a model without dropout."""
+        if self.model == "cnn":
+            return ()
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # an accelerator is busy with the last step
+            masks = _kept(jax.random.key(self.seed), self.steps, size)
+        self.steps += images > 0
+        return (jax.tree.map(np.asarray, masks),)
 
     def evaluated(self) -> None:
         """Draws nothing."""
 
     def state(self) -> dict[str, np.ndarray]:
-        """The seed: an epoch's order depends on nothing else, and dropout's stream is the model's own."""
-        return {"seed": np.asarray(self.seed)}
+        """The seed, and how many batches' masks were drawn."""
+        return {"seed": np.asarray(self.seed), "steps": np.asarray(self.steps)}
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         """Goes on from there."""
-        self.seed = int(state["seed"])
+        self.seed, self.steps = int(state["seed"]), int(state["steps"])
+
+
+@partial(jax.jit, static_argnums=2)
+def _kept(key: jax.Array, step: int, size: int) -> DropoutMasks:
+    channels, features = jax.random.split(jax.random.fold_in(key, step))
+    return DropoutMasks(
+        jax.random.bernoulli(channels, 1 - Net.RATE, (size, 1, 1, 20)),
+        jax.random.bernoulli(features, 1 - Net.RATE, (size, 50)),
+    )
 
 
 RANDOMNESS: dict[RngName, Callable[[ModelName, int], Any]] = {"torch": TorchRandomness, "jax": JaxRandomness}

@@ -1,11 +1,18 @@
-"""The recipe's learning rate over the training."""
+"""The recipe's optimizer, and its learning rate over the training."""
 
 from typing import Any
 
 import jax
+import optax
 
-from jaxloss.parity import one_cycle
+from jaxloss.parity import one_cycle, optimizer_by_name
 from train.config import Recipe
+
+
+def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
+    """The recipe's optimizer with PyTorch's defaults, its rate as the recipe's schedule moves it."""
+    name = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "adadelta": "Adadelta"}[recipe.optimizer]
+    return optimizer_by_name(name, **optimizer_options(recipe, steps_per_epoch))
 
 
 def optimizer_options(recipe: Recipe, steps_per_epoch: int) -> dict[str, Any]:

@@ -26,8 +26,9 @@ from jaxloss.parity import to_torch
 from train import originals
 from train.config import RECIPES, DataName, ModelName, Recipe, UserError
 from train.data import Dataset, Split, load
-from train.loop import EVALUATION_BATCH, Learner, dtype_of, take
+from train.loop import EVALUATION_BATCH, Learner
 from train.randomness import TorchRandomness
+from train.steps import dtype_of, take
 
 Weights = dict[str, np.ndarray]
 ORIGINALS: dict[ModelName, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
@@ -177,9 +178,11 @@ def _first_gradient(learner: Learner, model: ModelName, seed: int) -> Weights:
     images, labels = take(learner.train, jnp.asarray(rows), dtype_of(params))
 
     def cost(params: nnx.State) -> jax.Array:
-        return learner.loss(nnx.merge(learner.graph, params, learner.state.streams, copy=True)(images, *masks), labels)
+        return learner.loss(learner.forward(params, images, *masks), labels)
 
-    return to_torch(nnx.merge(learner.graph, jax.jit(jax.grad(cost))(params), learner.state.streams))
+    gradient = nnx.clone(learner.module)
+    nnx.update(gradient, jax.jit(jax.grad(cost))(params))
+    return to_torch(gradient)
 
 
 class _Masks(TorchFunctionMode):

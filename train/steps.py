@@ -1,0 +1,120 @@
+"""What a training computes of a batch: an optimizer step, or the outputs and how good they are."""
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike
+
+from train.data import Split
+from train.models import DropoutMasks
+
+IGNORED = -100  # the losses' default ignore_index, as the label of the rows that only fill up a batch
+
+Loss = Callable[..., Array]
+Forward = Callable[..., Array]  # of a model's parameters and its inputs
+Masks = tuple[DropoutMasks, ...]  # none for a model without dropout
+Batch = tuple[Any, Masks]  # rows of a split, -1 for none
+
+
+class Totals(NamedTuple):
+    """Sums that stay on the device until a phase ends."""
+
+    costs: ArrayLike  # of every batch's mean loss
+    losses: ArrayLike  # of every image's loss
+    correct: ArrayLike
+
+
+class State(NamedTuple):
+    """What a step changes. It is donated: each step writes into the last one's buffers."""
+
+    params: nnx.State
+    optimizer: optax.OptState
+    totals: Totals
+
+
+def batched(order: np.ndarray, size: int, devices: int = 1) -> np.ndarray:
+    """Cut ``order`` into rows of ``size``, filled up with -1: every batch has one shape, which ``devices`` divides."""
+    rows = np.pad(order.astype(np.int32), (0, -len(order) % size), constant_values=-1).reshape(-1, size)
+    return np.pad(rows, ((0, 0), (0, -size % devices)), constant_values=-1)
+
+
+def take(split: Split, rows: Array, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[Array, Array]:
+    """Pixels as a model sees them, with a channel axis, and labels; row -1 is some image with the ignored label."""
+    images = jnp.asarray(split.images)[rows, :, :, None].astype(dtype) / 255
+    labels = jnp.where(rows < 0, IGNORED, jnp.asarray(split.labels)[rows].astype(jnp.int32))
+    return (images - split.mean) / split.deviation, labels
+
+
+def zero_totals() -> Totals:
+    """On the host: a step writes into its last totals' buffers."""
+    return Totals(*(np.zeros((), jax.dtypes.canonicalize_dtype(dtype)) for dtype in (float, float, np.int32)))
+
+
+def count_correct(outputs: Array, labels: Array) -> Array:
+    """How many rows have their largest output at the label; ignored rows never do."""
+    return jnp.sum(outputs.argmax(axis=-1) == labels, dtype=jnp.int32)
+
+
+def dtype_of(params: nnx.State) -> np.dtype:
+    """The one in which a model computes."""
+    return jax.tree.leaves(params)[0].dtype
+
+
+def training_step(
+    forward: Forward,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    state: State,
+    split: Split,
+    batch: Batch,
+    at_once: int,
+) -> tuple[State, Array]:
+    """One optimizer step on a batch, so many images after the other; also their mean loss."""
+    rows, masks = batch
+    count = jnp.sum(rows >= 0)
+
+    def objective(params: nnx.State, images: Array, labels: Array, masks: Masks) -> tuple[Array, Array]:
+        outputs = forward(params, images, *masks)
+        return loss(outputs, labels, reduction="sum") / count, count_correct(outputs, labels)
+
+    examples = *take(split, rows, dtype_of(state.params)), masks
+    parts = [jax.tree.map(itemgetter(slice(i, i + at_once)), examples) for i in range(0, len(rows), at_once)]
+    results = [jax.value_and_grad(objective, has_aux=True)(state.params, *part) for part in parts]
+    (cost, correct), gradients = jax.tree.map(lambda *terms: sum(terms), *results)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+    totals = Totals(
+        state.totals.costs + cost,
+        state.totals.losses + cost * count,
+        state.totals.correct + correct,
+    )
+    params = cast(nnx.State, optax.apply_updates(state.params, updates))
+    return State(params, optimizer_state, totals), cost
+
+
+def evaluation_step(
+    forward: Forward, loss: Loss, params: nnx.State, totals: Totals, split: Split, rows: Array
+) -> tuple[Totals, Array]:
+    """Add the images at ``rows`` to ``totals``; also returns the model's outputs for them."""
+    images, labels = take(split, rows, dtype_of(params))
+    outputs = forward(params, images)
+    total = loss(outputs, labels, reduction="sum")
+    mean = total / jnp.sum(rows >= 0)
+    totals = Totals(totals.costs + mean, totals.losses + total, totals.correct + count_correct(outputs, labels))
+    return totals, outputs
+
+
+def functional(module: nnx.Module) -> tuple[Forward, nnx.State]:
+    """A module as a function of its parameters, which are returned too, and its inputs."""
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+
+    def forward(params: nnx.State, *inputs: Any) -> Array:
+        return cast(Any, nnx.merge(graph, params, rest, copy=True))(*inputs)
+
+    return forward, params
