@@ -42,7 +42,9 @@ def run(config: Config) -> int:
             learner = Learner(model, config.recipe(model), data, config.seed, config.rng)
             results.append(_train(learner, config, folder, interrupted, console))
             if folder:
-                _save(results[-1], folder / model, data, weights=config.save_model or interrupted.is_set())
+                outdated = (folder / model / "model.safetensors").exists()  # from an interruption before --resume
+                weights = config.save_model or outdated or interrupted.is_set()
+                _save(results[-1], folder / model, data, weights=weights)
             if interrupted.is_set():
                 break
     console.print(table(results))
