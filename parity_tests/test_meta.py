@@ -137,7 +137,7 @@ def files(folder: str, *, without: str = "\0") -> list[Path]:
     return found
 
 
-NEED_TORCH = {"originals", "twin"}
+NEED_TORCH = {"originals", "twin", "export"}
 
 
 def test_imports_point_one_way():

@@ -1,20 +1,23 @@
 """Checkpoints of one model's training: all that its next step depends on, written whole or not at all by Orbax."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from train.config import UserError
 from train.loop import Epoch, Learner, Phase
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every save and restore
+
+Found = TypeVar("Found")
 
 
 class Checkpoints:
@@ -64,15 +67,10 @@ class Checkpoints:
         Nothing is deleted: what cannot be read here may be readable elsewhere. Without any checkpoint the learner
         stays as it is; with unreadable ones alone there is a `UserError`.
         """
-        broken = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                return self._read(step, learner), broken
-            except Exception as error:  # whatever Orbax and its storage make of damaged files
-                broken.append(f"checkpoint {step} is damaged ({type(error).__name__})")
-        if broken:
+        epochs, broken = _newest_whole(self._manager.all_steps(), lambda step: self._read(step, learner))
+        if epochs is None and broken:
             raise UserError(f"--resume: no checkpoint of {learner.model} can be read: {', '.join(broken)}", exit_code=1)
-        return [], []
+        return epochs or [], broken
 
     def _read(self, step: int, learner: Learner) -> list[Epoch]:
         template = {
@@ -86,7 +84,7 @@ class Checkpoints:
         )
         found = self._manager.restore(step, args=items)
         arrays, progress = found["arrays"], found["progress"]
-        learner.state = learner.place(jax.tree.unflatten(jax.tree.structure(learner.state), arrays["state"]))
+        learner.state = learner.place(_like(learner.state, arrays["state"]))
         learner.random.set_state(arrays["random"])
         learner.order = np.asarray(arrays["order"])
         learner.epoch, learner.step = progress["epoch"], progress["step"]
@@ -96,6 +94,42 @@ class Checkpoints:
         ]
 
 
+def newest_params(folder: Path, params: nnx.State) -> tuple[nnx.State, str]:
+    """The weights in the newest whole checkpoint of a model with such ``params``, and where they are.
+
+    Needs neither the data nor the devices of the training. Nothing in ``folder`` changes: the training may go on.
+    """
+    reader = ocp.StandardCheckpointer()
+
+    def read(step: int) -> nnx.State:
+        path = folder.absolute() / str(step) / "arrays"
+        metadata: Any = reader.metadata(path).item_metadata
+        template = jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), metadata.tree)
+        state = reader.restore(path, template)["state"]  # the leaves of a State, which begins with its params
+        return _like(params, state[: len(jax.tree.leaves(params))])
+
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+    found, broken = _newest_whole(steps, read)
+    if found is None:
+        raise UserError(f"{folder} has no checkpoint that can be read: {', '.join(broken) or 'it is empty'}")
+    return found, f"{folder}/{sorted(steps)[-1 - len(broken)]}"
+
+
+def _newest_whole(steps: Sequence[int], read: Callable[[int], Found]) -> tuple[Found | None, list[str]]:
+    """What the newest readable one holds, and which newer ones are damaged."""
+    broken = []
+    for step in sorted(steps, reverse=True):
+        try:
+            return read(step), broken
+        except Exception as error:  # whatever Orbax and its storage make of damaged files
+            broken.append(f"checkpoint {step} is damaged ({type(error).__name__})")
+    return None, broken
+
+
 def _plain(tree: Any) -> list[np.ndarray]:
     """The leaves, on the host."""
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _like(tree: Found, leaves: Sequence[np.ndarray]) -> Found:
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)

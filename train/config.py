@@ -210,8 +210,10 @@ def read_config(folder: Path) -> Config:
     """What the run in a folder was started with."""
     try:
         about = json.loads((folder / "config.json").read_text())
+        if not isinstance(about, dict):
+            raise ValueError("config.json holds no object")
     except (OSError, ValueError) as error:
-        raise UserError(f"--resume: {folder} holds no run: {error}") from error
+        raise UserError(f"{folder} holds no run of python -m train: {error}") from error
     known: dict[str, Any] = {field.name: about[field.name] for field in fields(Config) if field.name in about}
     paths = {name: Path(known[name]) for name in ("data_dir", "out") if known.get(name) is not None}
     return Config(**{**known, **paths, "resume": None})

@@ -16,10 +16,14 @@ from train.download import download
 
 DIGITS = tuple("0123456789")
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
-
+CLASSES: dict[DataName, tuple[str, ...]] = {"digits": DIGITS, "mnist": DIGITS, "fashion-mnist": FASHION}
 
 # Mean and standard deviation of the training pixels in [0, 1]; with them the notes' SGD learns in two epochs.
-SCALES: dict[DataName, tuple[float, float]] = {"mnist": (0.1307, 0.3081), "fashion-mnist": (0.2860, 0.3530)}
+SCALES: dict[DataName, tuple[float, float]] = {
+    "digits": (0.0, 1.0),
+    "mnist": (0.1307, 0.3081),
+    "fashion-mnist": (0.2860, 0.3530),
+}
 
 
 class Split(NamedTuple):
@@ -91,4 +95,4 @@ def _idx(data: DataName, files: dict[str, Path]) -> Dataset:
     published = all(published for _, published in contents.values())
     counts = f"{len(splits[0].labels)} training and {len(splits[1].labels)} test images"
     note = f"{data}: {counts}, {'' if published else 'not '}the published files"
-    return Dataset(*splits, classes=FASHION if data == "fashion-mnist" else DIGITS, note=note)
+    return Dataset(*splits, classes=CLASSES[data], note=note)

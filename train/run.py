@@ -49,7 +49,8 @@ def run(config: Config) -> int:
             learner = Learner(model, config.recipe(model), data, config.seed, config.rng, mesh=mesh, dispatch=dispatch)
             results.append(_train(learner, config, folder, interrupted, console))
             if folder:
-                weights = config.save_model or interrupted.is_set()
+                outdated = (folder / model / "model.safetensors").exists()  # from an interruption before --resume
+                weights = config.save_model or outdated or interrupted.is_set()
                 _save(results[-1], folder / model, data, weights=weights)
                 save_report(folder / "report.html", results, data)
             if interrupted.is_set():

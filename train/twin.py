@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from jaxloss.parity import to_torch
 from train import originals
+from train.command import one_line_errors
 from train.config import RECIPES, DataName, ModelName, Recipe, UserError
 from train.data import Dataset, Split, load
 from train.loop import EVALUATION_BATCH, Learner
@@ -290,29 +290,20 @@ def draw(twins: Sequence[Twins], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except (UserError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 2))
-
-
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, prints the table, and draws."""
     config = tyro.cli(Config, prog="python -m train.twin", args=arguments)
-    with _one_line_errors():
-        if config.epochs < 1:
-            raise UserError(f"--epochs must be at least 1, got {config.epochs}")
-        data = load(config.data, config.data_dir)
-        models: tuple[ModelName, ...] = get_args(ModelName) if config.model == "both" else (config.model,)
-        recipes = {model: replace(RECIPES[config.data][model], epochs=config.epochs) for model in models}
-        twins = [train_twins(model, recipes[model], data, config.seed) for model in models]
-        Console().print(table(twins, data))
-        draw(twins, config.out)
-        print(f"curves: {config.out}")
+    if config.epochs < 1:
+        raise UserError(f"--epochs must be at least 1, got {config.epochs}")
+    data = load(config.data, config.data_dir)
+    models: tuple[ModelName, ...] = get_args(ModelName) if config.model == "both" else (config.model,)
+    recipes = {model: replace(RECIPES[config.data][model], epochs=config.epochs) for model in models}
+    twins = [train_twins(model, recipes[model], data, config.seed) for model in models]
+    Console().print(table(twins, data))
+    draw(twins, config.out)
+    print(f"curves: {config.out}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
