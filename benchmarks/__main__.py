@@ -4,6 +4,8 @@ Answers are compared before anything is timed. Needs the extra `test`.
 """
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,17 +13,17 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from benchmarks import linear, losses
+from benchmarks import linear, losses, train
 from benchmarks.timing import about, pin_malloc
 
-SUITES = {"losses": losses, "linear": linear}
+SUITES = {"losses": losses, "linear": linear, "train": train}
 
 
 @dataclass(frozen=True)
 class Options:
     """Time jaxloss against its peers, interleaved in one run."""
 
-    suite: Literal["losses", "linear", "all"] = "all"
+    suite: Literal["losses", "linear", "train", "all"] = "all"
     """What to measure."""
     turns: int = 40
     """Turns of each implementation and case, of five timed calls each (fewer where a call takes long)."""
@@ -32,15 +34,19 @@ class Options:
 def main() -> None:
     """Measure, print, and write the results if asked."""
     options = tyro.cli(Options, prog="python -m benchmarks")
-    pin_malloc()
+    if options.suite == "all":
+        for name in SUITES:
+            subprocess.run([sys.executable, "-m", "benchmarks", *sys.argv[1:], "--suite", name], check=True)
+        return
+    if options.suite != "train":  # a whole program is timed as it runs for users
+        pin_malloc()
     console = Console()
     console.print(about())
-    for name in SUITES if options.suite == "all" else [options.suite]:
-        rows = SUITES[name].measure(options.turns)
-        console.print(*SUITES[name].tables(rows))
-        if options.json_dir:
-            file = options.json_dir / f"{name}-{about()['device']}.json"
-            file.write_text(json.dumps(about() | {"rows": rows}, indent=1) + "\n")
+    rows = SUITES[options.suite].measure(options.turns)
+    console.print(*SUITES[options.suite].tables(rows))
+    if options.json_dir:
+        file = options.json_dir / f"{options.suite}-{about()['device']}.json"
+        file.write_text(json.dumps(about() | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

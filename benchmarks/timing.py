@@ -39,8 +39,8 @@ def about() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "malloc": MALLOC,
-        "versions": {name: version(name) for name in ("jax", "optax", "torch", "numpy")},
+        "malloc": {name: os.environ[name] for name in MALLOC if name in os.environ},
+        "versions": {name: version(name) for name in ("jax", "flax", "optax", "torch", "numpy")},
     }
 
 
