@@ -24,7 +24,7 @@ from train.data import load
 from train.loop import Learner
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ("--model", "net", "--epochs", "2", "--checkpoint-every", "8", "--save-model")
+FLAGS = ("--devices", "1", "--model", "net", "--epochs", "2", "--checkpoint-every", "8", "--save-model")
 KILLS = 20 if settings.default.max_examples > 1000 else 3
 
 

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,9 @@ import torch
 from flax import nnx
 from torch.nn import functional as F  # noqa: N812
 
-from jaxloss.parity import to_torch
+from jaxloss.parity import assert_close, to_torch
 from train import models, originals
+from train.convolution import conv_in_cells
 
 
 def pooled_weights(model: str, framework: str) -> dict[str, np.ndarray]:
@@ -127,3 +130,29 @@ def test_heads_return_what_their_loss_takes(model):
     outputs = port.forward2(inputs) if model == "ExNN" else port(inputs)
     is_log_probs = bool(jnp.allclose(jnp.exp(outputs).sum(axis=-1), 1, atol=1e-6))
     assert is_log_probs == (model != "CNN")
+
+
+@pytest.mark.parametrize(("size", "channels", "features", "pixels"), [(5, 1, 10, 28), (5, 10, 20, 12), (3, 2, 3, 6)])
+def test_convolution_in_cells_is_jaxs_own(x64: None, size: int, channels: int, features: int, pixels: int) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(3, pixels, pixels, channels))
+    kernel = rng.normal(size=(size, size, channels, features))
+    options = {"window_strides": (1, 1), "padding": [(0, 0)] * 2, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+    def run(conv: Any) -> list[np.ndarray]:
+        result, pull = jax.vjp(lambda x, w: conv(x, w, *options.values()), images, kernel)
+        return [result, *pull(jnp.sin(result))]
+
+    own = run(lambda x, w, s, p, d: jax.lax.conv_general_dilated(x, w, s, p, dimension_numbers=d))
+    cells = run(lambda x, w, s, p, d: conv_in_cells(x, w, s, p, dimension_numbers=d))
+    assert_close(cells, own)
+    with pytest.raises(AssertionError):
+        assert_close([cells[0], cells[1], cells[2] + 1e-9], own)
+
+
+@pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("cuda", 1), ("tpu", 1)])
+def test_only_cpu_has_convolutions_in_cells(platform: str, convolutions: int) -> None:
+    conv = partial(conv_in_cells, strides=(1, 1), padding=[(0, 0)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    arguments = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 28, 28, 1), (5, 5, 1, 10)))
+    exported = jax.export.export(jax.jit(conv), platforms=[platform])(*arguments)
+    assert exported.mlir_module().count("stablehlo.convolution") == convolutions

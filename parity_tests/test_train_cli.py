@@ -117,13 +117,16 @@ def torch_accuracy(model: str, folder: Path) -> float:
 @pytest.mark.parametrize("model", ["cnn", "net"])
 def test_saved_model_gives_the_same_accuracy_in_torch(tmp_path: Path, model: str) -> None:
     command = ["--model", model, "--epochs", "2", "--save-model", "--target-accuracy", "0.5"]
-    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert main(["--devices", "1", *command, "--out", str(tmp_path)]) == 0
     assert torch_accuracy(model, tmp_path) == pytest.approx(rows(tmp_path / model)[-1]["validation"]["accuracy"])
 
 
 def test_same_seed_gives_the_same_metrics(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        assert main(["--epochs", "1", "--model", "cnn", "--seed", "1", "--out", str(tmp_path / name)]) == 0
+        assert (
+            main(["--devices", "1", "--epochs", "1", "--model", "cnn", "--seed", "1", "--out", str(tmp_path / name)])
+            == 0
+        )
     metrics = {name: rows(tmp_path / name / "cnn")[0] for name in ("a", "b")}
     for row in metrics.values():
         assert set(row.pop("timing")) == {"training_seconds", "validation_seconds", "images_per_second"}
@@ -134,7 +137,7 @@ def test_dry_run_takes_one_step_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["--dry-run", "--log-interval", "1", "--save-model", "--target-accuracy", "1"]) == 0
+    assert main(["--devices", "1", "--dry-run", "--log-interval", "1", "--save-model", "--target-accuracy", "1"]) == 0
     out = capsys.readouterr().out
     assert out.count("step     1/45") == 2
     assert "step     2/45" not in out
@@ -142,19 +145,24 @@ def test_dry_run_takes_one_step_and_writes_nothing(
 
 
 def test_log_interval_prints_every_kth_step(tmp_path: Path, capsys: Capture) -> None:
-    assert main(["--model", "net", "--epochs", "2", "--log-interval", "20", "--out", str(tmp_path)]) == 0
+    assert (
+        main(["--devices", "1", "--model", "net", "--epochs", "2", "--log-interval", "20", "--out", str(tmp_path)]) == 0
+    )
     steps = re.findall(r"^step +(\d+)/45 loss: \d\.\d{6}$", capsys.readouterr().out, re.MULTILINE)
     assert steps == ["20", "40", "20", "40"]
 
 
 def test_missed_target_exits_1_after_saving(tmp_path: Path, capsys: Capture) -> None:
-    assert main(["--model", "net", "--epochs", "1", "--target-accuracy", "1", "--out", str(tmp_path)]) == 1
+    assert (
+        main(["--devices", "1", "--model", "net", "--epochs", "1", "--target-accuracy", "1", "--out", str(tmp_path)])
+        == 1
+    )
     assert re.fullmatch(r"error: test accuracy below --target-accuracy 1.0: net 0\.\d{4}\n", capsys.readouterr().err)
     assert (tmp_path / "net/curves.png").exists()
 
 
 def test_divergence_exits_1_in_one_line(tmp_path: Path, capsys: Capture) -> None:
-    assert main(["--model", "cnn", "--optimizer", "sgd", "--lr", "1e30", "--out", str(tmp_path)]) == 1
+    assert main(["--devices", "1", "--model", "cnn", "--optimizer", "sgd", "--lr", "1e30", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "error: cnn: the loss is not finite after epoch 1: lower --lr\n"
 
 
@@ -237,7 +245,7 @@ REAL = {
 @pytest.mark.skipif(not os.environ.get("JAXLOSS_DATA_DIR"), reason=NEEDS_DATA)
 @pytest.mark.parametrize(("model", "command", "target"), [(model, *rest) for model, rest in REAL.items()], ids=REAL)
 def test_real_mnist_reaches_the_target(tmp_path: Path, model: str, command: str, target: float) -> None:
-    assert main(["--data", "mnist", "--model", model, *command.split(), "--out", str(tmp_path)]) == 0
+    assert main(["--devices", "1", "--data", "mnist", "--model", model, *command.split(), "--out", str(tmp_path)]) == 0
     last = rows(tmp_path / model)[-1]
     assert last["validation"]["images"] == 10000
     assert last["training"]["images"] == 60000

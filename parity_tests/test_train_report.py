@@ -24,7 +24,19 @@ from train.html import save_report
 from train.loop import Epoch, Phase
 from train.report import Monitor, Result, table
 
-FLAGS = ("--model", "net", "--epochs", "2", "--schedule", "one-cycle", "--tensorboard", "--checkpoint-every", "30")
+FLAGS = (
+    "--devices",
+    "1",
+    "--model",
+    "net",
+    "--epochs",
+    "2",
+    "--schedule",
+    "one-cycle",
+    "--tensorboard",
+    "--checkpoint-every",
+    "30",
+)
 PHASES = ("training", "validation")
 VOID = {"meta", "link", "img"}  # tags without an end
 TABLES = re.compile(r'<div class="scrolling".*?</div>', re.DOTALL)
@@ -177,7 +189,7 @@ def test_events_are_the_metrics(run: Path) -> None:
 
 def test_interrupted_run_reports_what_was_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Monitor, "epoch", lambda *_: signal.raise_signal(signal.SIGINT))
-    assert main(["--epochs", "2", "--model", "net", "--out", str(tmp_path)]) == 130
+    assert main(["--devices", "1", "--epochs", "2", "--model", "net", "--out", str(tmp_path)]) == 130
     page = Page(tmp_path / "report.html")
     assert "nll_loss, 1 of 2 epochs" in page.texts["p"]
     assert len(page.table("epochs of net")) == 2 + 1

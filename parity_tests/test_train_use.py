@@ -32,7 +32,10 @@ MODELS = ("cnn", "net")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both models, trained for 2 epochs; their weights are in files and in checkpoints."""
     folder = tmp_path_factory.mktemp("run")
-    assert main(["--epochs", "2", "--save-model", "--checkpoint-every", "1000", "--out", str(folder)]) == 0
+    assert (
+        main(["--devices", "1", "--epochs", "2", "--save-model", "--checkpoint-every", "1000", "--out", str(folder)])
+        == 0
+    )
     return folder
 
 

@@ -17,7 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = _parse(arguments, Config())
     if config.resume:
         started = read_config(config.resume)
-        config = _parse(arguments, replace(started, resume=config.resume))
+        here = {"resume": config.resume, "coordinator": None, "num_processes": None, "process_id": None}
+        config = _parse(arguments, replace(started, **here))
         config.check_resumes(started)
     config.check()
     from train.run import run  # JAX loads here, after mistakes and --help have been answered

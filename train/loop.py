@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from threading import Event
 from typing import Any
 
@@ -21,21 +22,24 @@ from train.data import Dataset, Split
 from train.randomness import RANDOMNESS
 from train.schedules import learning_rate, make_optimizer
 from train.steps import (
-    Batch,
     Loss,
+    Part,
     State,
+    Sums,
     Totals,
+    add_part,
     batched,
     evaluation_step,
     functional,
     training_step,
+    zero_sums,
     zero_totals,
 )
 
 EVALUATION_BATCH = 250
-# On one CPU device a batch is computed in at most so many parts of so many images, or more: the activations of a large
-# batch would get fresh pages from the system in every step, which takes longer than to compute them.
-PARTS, PART = 10, 25
+# One CPU device takes a batch in calls of at most so many images, and these in pieces of so many: the activations of a
+# large batch would get fresh pages from the system in every step, which takes longer than to compute them.
+CALL, PIECE = 100, 25
 
 LOSSES: dict[ModelName, Loss] = {
     "cnn": cross_entropy,  # of logits
@@ -125,16 +129,22 @@ class Learner:
 
     def _compile(self, optimizer: optax.GradientTransformation) -> None:
         """The programs, for the shapes that every batch has."""
-        empty = batched(np.array([-1]), self.batch_size, self.devices)[0]
         alone = self.devices == 1 and jax.default_backend() == "cpu"
-        at_once = -(-len(empty) // min(max(len(empty) // PART, 1), PARTS)) if alone else len(empty)
+        self._calls = -(-self.batch_size // CALL) if alone else 1
+        piece = PIECE if alone else self.batch_size + self.devices  # which holds all
 
-        def step(state: State, split: Split, batch: Batch) -> tuple[State, Array]:
-            batch = jax.lax.with_sharding_constraint(batch, self._divided)
-            return training_step(self.forward, self.loss, optimizer, state, split, batch, at_once)
+        def divided(part: Part) -> Part:
+            rows, masks = jax.lax.with_sharding_constraint(part[:2], self._divided)
+            return part._replace(rows=rows, masks=masks)
 
-        def steps(state: State, split: Split, batches: Batch) -> tuple[State, Array]:
-            return jax.lax.scan(lambda state, batch: step(state, split, batch), state, batches)
+        def add(params: nnx.State, sums: Sums | None, split: Split, part: Part) -> Sums:
+            return add_part(self.forward, self.loss, params, sums, split, divided(part), piece)
+
+        def step(state: State, sums: Sums | None, split: Split, part: Part) -> tuple[State, Array]:
+            return training_step(optimizer, state, add(state.params, sums, split, part), part.count)
+
+        def steps(state: State, split: Split, parts: Part) -> tuple[State, Array]:
+            return jax.lax.scan(lambda state, part: step(state, None, split, part), state, parts)
 
         evaluated = nnx.clone(self.module)
         evaluated.eval()
@@ -148,11 +158,14 @@ class Learner:
             jitted = jax.jit(program, in_shardings=self._whole, out_shardings=self._whole, donate_argnums=donated)
             return jitted.lower(*arguments).compile()
 
-        batch = self._with_masks(empty)
-        self._step = compiled(step, self.state, self.train, batch, donated=(0,))
+        empty, *_ = self._parts(self._batches(np.array([-1]))[0])
+        self._nothing = None if self._calls == 1 else self.place(zero_sums(self.state.params))
+        self._step = compiled(step, self.state, self._nothing, self.train, empty, donated=(0,))
+        if self._calls > 1:
+            self._add = compiled(add, self.state.params, self._nothing, self.train, empty)
         if self.dispatch > 1:
-            batches = jax.tree.map(lambda array: np.stack([array] * self.dispatch), batch)
-            self._steps = compiled(steps, self.state, self.train, batches, donated=(0,))
+            parts = jax.tree.map(lambda array: np.stack([array] * self.dispatch), empty)
+            self._steps = compiled(steps, self.state, self.train, parts, donated=(0,))
         rows = batched(np.arange(1), EVALUATION_BATCH, self.devices)[0]
         self._evaluate = compiled(evaluate, self.state.params, zero_totals(), self.test, rows)
 
@@ -187,7 +200,7 @@ class Learner:
         if not self.step:
             self.order = self.random.order(self.epoch, len(self.train.labels))
             self.state = self.state._replace(totals=zero_totals())
-        batches, costs = batched(self.order, self.batch_size, self.devices), [jnp.zeros(())]
+        batches, costs = self._batches(self.order), [jnp.zeros(())]
         while self.step < len(batches):
             costs[-1].block_until_ready()  # at most one dispatch ahead of the device: progress and Ctrl-C are true
             costs = self._advance(batches[self.step :])
@@ -198,18 +211,28 @@ class Learner:
                 break
         return read(self.state.totals, self.step, min(self.step * self.batch_size, len(self.order)), start)
 
-    def _advance(self, batches: np.ndarray) -> Sequence[Array]:
-        """One dispatch of the next steps, which begins at a multiple of its length or is a single step; their costs."""
-        if self.dispatch == 1 or len(batches) < self.dispatch or self.steps_done % self.dispatch:
-            self.state, cost = self._step(self.state, self.train, self._with_masks(batches[0]))
-            return [cost]
-        drawn = [self._with_masks(rows) for rows in batches[: self.dispatch]]
-        self.state, costs = self._steps(self.state, self.train, jax.tree.map(lambda *each: np.stack(each), *drawn))
-        return list(costs)
+    def _batches(self, order: np.ndarray) -> np.ndarray:
+        return batched(order, self.batch_size, self.devices * self._calls)
 
-    def _with_masks(self, rows: np.ndarray) -> Batch:
-        """A batch; dropout's masks are drawn for its images alone."""
-        return rows, self.random.masks(int(np.sum(rows >= 0)), len(rows))
+    def _advance(self, batches: np.ndarray) -> Sequence[Array]:
+        """One dispatch of the next steps, which begins at a multiple of its length, or a single step; their costs."""
+        if self.dispatch > 1 and len(batches) >= self.dispatch and self.steps_done % self.dispatch == 0:
+            parts = [part for rows in batches[: self.dispatch] for part in self._parts(rows)]
+            self.state, costs = self._steps(self.state, self.train, jax.tree.map(lambda *each: np.stack(each), *parts))
+            return list(costs)
+        *parts, last = self._parts(batches[0])
+        sums = self._nothing
+        for part in parts:
+            sums = self._add(self.state.params, sums, self.train, part)
+        self.state, cost = self._step(self.state, sums, self.train, last)
+        return [cost]
+
+    def _parts(self, rows: np.ndarray) -> list[Part]:
+        """A batch in as many parts as it takes calls; dropout's masks are drawn for its images alone."""
+        count, size = np.sum(rows >= 0, dtype=np.int32), len(rows) // self._calls
+        masks = self.random.masks(int(count), len(rows))
+        some = [slice(i, i + size) for i in range(0, len(rows), size)]
+        return [Part(rows[each], jax.tree.map(itemgetter(each), masks), count) for each in some]
 
     def evaluate(self) -> tuple[Phase, np.ndarray]:
         """Every test image once: the means, and the model's outputs in order."""

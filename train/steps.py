@@ -20,7 +20,21 @@ IGNORED = -100  # the losses' default ignore_index, as the label of the rows tha
 Loss = Callable[..., Array]
 Forward = Callable[..., Array]  # of a model's parameters and its inputs
 Masks = tuple[DropoutMasks, ...]  # none for a model without dropout
-Batch = tuple[Any, Masks]  # rows of a split, -1 for none
+
+
+class Part(NamedTuple):
+    """A batch, or a part of one that is computed in several calls."""
+
+    rows: Any  # of a split, -1 for none
+    masks: Masks
+    count: Any  # how many images the whole batch has
+
+
+class Sums(NamedTuple):
+    """What the parts of a batch add up to."""
+
+    cost_and_correct: tuple[Array, Array]  # the batch's mean loss, and a count
+    gradients: nnx.State
 
 
 class Totals(NamedTuple):
@@ -39,10 +53,10 @@ class State(NamedTuple):
     totals: Totals
 
 
-def batched(order: np.ndarray, size: int, devices: int = 1) -> np.ndarray:
-    """Cut ``order`` into rows of ``size``, filled up with -1: every batch has one shape, which ``devices`` divides."""
+def batched(order: np.ndarray, size: int, divisor: int = 1) -> np.ndarray:
+    """Cut ``order`` into rows of ``size``, filled up with -1: every batch has one shape, which ``divisor`` divides."""
     rows = np.pad(order.astype(np.int32), (0, -len(order) % size), constant_values=-1).reshape(-1, size)
-    return np.pad(rows, ((0, 0), (0, -size % devices)), constant_values=-1)
+    return np.pad(rows, ((0, 0), (0, -size % divisor)), constant_values=-1)
 
 
 def take(split: Split, rows: Array, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[Array, Array]:
@@ -57,6 +71,11 @@ def zero_totals() -> Totals:
     return Totals(*(np.zeros((), jax.dtypes.canonicalize_dtype(dtype)) for dtype in (float, float, np.int32)))
 
 
+def zero_sums(params: nnx.State) -> Sums:
+    """Of no part."""
+    return Sums((jnp.zeros((), dtype_of(params)), jnp.zeros((), jnp.int32)), jax.tree.map(jnp.zeros_like, params))
+
+
 def count_correct(outputs: Array, labels: Array) -> Array:
     """How many rows have their largest output at the label; ignored rows never do."""
     return jnp.sum(outputs.argmax(axis=-1) == labels, dtype=jnp.int32)
@@ -67,33 +86,29 @@ def dtype_of(params: nnx.State) -> np.dtype:
     return jax.tree.leaves(params)[0].dtype
 
 
-def training_step(
-    forward: Forward,
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    state: State,
-    split: Split,
-    batch: Batch,
-    at_once: int,
-) -> tuple[State, Array]:
-    """One optimizer step on a batch, so many images after the other; also their mean loss."""
-    rows, masks = batch
-    count = jnp.sum(rows >= 0)
+def add_part(
+    forward: Forward, loss: Loss, params: nnx.State, sums: Sums | None, split: Split, part: Part, at_once: int
+) -> Sums:
+    """Add a part of a batch, so many images after the other, to the sums over the parts before it."""
+    rows, masks, count = part
 
     def objective(params: nnx.State, images: Array, labels: Array, masks: Masks) -> tuple[Array, Array]:
         outputs = forward(params, images, *masks)
         return loss(outputs, labels, reduction="sum") / count, count_correct(outputs, labels)
 
-    examples = *take(split, rows, dtype_of(state.params)), masks
-    parts = [jax.tree.map(itemgetter(slice(i, i + at_once)), examples) for i in range(0, len(rows), at_once)]
-    results = [jax.value_and_grad(objective, has_aux=True)(state.params, *part) for part in parts]
-    (cost, correct), gradients = jax.tree.map(lambda *terms: sum(terms), *results)
+    examples = *take(split, rows, dtype_of(params)), masks
+    pieces = [jax.tree.map(itemgetter(slice(i, i + at_once)), examples) for i in range(0, len(rows), at_once)]
+    found = [Sums(*jax.value_and_grad(objective, has_aux=True)(params, *piece)) for piece in pieces]
+    return jax.tree.map(lambda *terms: sum(terms), *found, *([] if sums is None else [sums]))
+
+
+def training_step(
+    optimizer: optax.GradientTransformation, state: State, sums: Sums, count: Array
+) -> tuple[State, Array]:
+    """One optimizer step with what a batch of ``count`` images adds up to; also the batch's mean loss."""
+    (cost, correct), gradients = sums
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    totals = Totals(
-        state.totals.costs + cost,
-        state.totals.losses + cost * count,
-        state.totals.correct + correct,
-    )
+    totals = Totals(state.totals.costs + cost, state.totals.losses + cost * count, state.totals.correct + correct)
     params = cast(nnx.State, optax.apply_updates(state.params, updates))
     return State(params, optimizer_state, totals), cost
 

@@ -1,0 +1,140 @@
+"""A training is the same on any number of devices and processes, and none waits for one that has died."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parity_tests.many_devices import distance, trained
+from parity_tests.test_processes import ROOT, free_port
+from train.__main__ import main
+from train.config import ModelName, RngName
+
+# Plain SGD: Adam divides gradients by their own size, and so makes much of rounding in the first steps.
+FLAGS = [
+    "--model",
+    "net",
+    "--epochs",
+    "1",
+    "--checkpoint-every",
+    "8",
+    "--batch-size",
+    "30",
+    "--optimizer",
+    "sgd",
+    "--lr",
+    "0.02",
+]
+
+
+@pytest.mark.parametrize(("model", "rng"), [("cnn", "torch"), ("net", "torch"), ("net", "jax")])
+def test_many_devices_train_as_one(model: ModelName, rng: RngName) -> None:
+    alone, epochs = trained(model, rng, 1)
+    for count in (2, 4, 8) if (model, rng) == ("net", "torch") else (8,):
+        weights, found = trained(model, rng, count)
+        assert distance(weights, alone) < 1e-13
+        for ours, expected in zip(found, epochs, strict=True):
+            for phase in ("training", "validation"):
+                a, b = getattr(ours, phase), getattr(expected, phase)
+                assert (a.steps, a.images, a.accuracy) == (b.steps, b.images, b.accuracy)
+                assert (a.loss, a.cost) == pytest.approx((b.loss, b.cost), rel=1e-12)
+    assert distance(trained(model, rng, 1, seed=1)[0], alone) > 1e-2
+
+
+def test_several_steps_in_one_dispatch_are_those_steps() -> None:
+    """4 steps an epoch, of which the last 3 of the second epoch are a dispatch that begins at a multiple of 3."""
+    (alone, epochs), (weights, found) = (trained("net", "torch", 1, dispatch=dispatch) for dispatch in (1, 3))
+    assert distance(weights, alone) < 1e-13
+    assert [epoch.training.steps for epoch in found] == [epoch.training.steps for epoch in epochs] == [4, 4]
+    assert found[1].training.loss == pytest.approx(epochs[1].training.loss, rel=1e-12)
+
+
+def start(*arguments: str | Path) -> list[subprocess.Popen[str]]:
+    """The command in two processes of one device each."""
+    hidden = ("XLA_FLAGS", "JAXLOSS_DATA_DIR")
+    env = {name: value for name, value in os.environ.items() if name not in hidden} | {"PYTHONPATH": str(ROOT)}
+    place = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id")
+    command = [sys.executable, "-m", "train", *map(str, arguments), *place]
+    pipe: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen([*command, str(index)], env=env, **pipe) for index in range(2)]
+
+
+def epochs_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "net/metrics.jsonl").read_text().splitlines()]
+
+
+def assert_trained_alike(ours: Path, theirs: Path) -> None:
+    (mine,), (expected,) = epochs_of(ours), epochs_of(theirs)
+    assert mine["training"]["steps"] == expected["training"]["steps"]
+    assert mine["training"]["accuracy"] == pytest.approx(expected["training"]["accuracy"], abs=2e-3)
+    for phase in ("training", "validation"):
+        assert mine[phase]["loss"] == pytest.approx(expected[phase]["loss"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process with one device, from the beginning to the end."""
+    run = tmp_path_factory.mktemp("alone")
+    assert main([*FLAGS, "--devices", "1", "--out", str(run)]) == 0
+    return run
+
+
+def test_the_comparison_sees_other_random_numbers(alone: Path, tmp_path: Path) -> None:
+    assert main([*FLAGS, "--devices", "1", "--rng", "jax", "--out", str(tmp_path)]) == 0
+    with pytest.raises(AssertionError):
+        assert_trained_alike(tmp_path, alone)
+
+
+def test_two_processes_go_on_where_one_was_killed(alone: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *FLAGS, "--out", str(run)], env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    wait_for_a_checkpoint(process, run)
+    process.kill()
+    process.wait()
+    processes = start("--resume", run)
+    outputs = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "going on after step" in outputs[0][0]
+    assert outputs[1][0] == "", "only process 0 prints"
+    assert_trained_alike(run, alone)
+
+
+def test_a_death_ends_the_other_process_and_one_process_goes_on(alone: Path, tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    first, second = start(*FLAGS, "--out", run)
+    wait_for_a_checkpoint(first, run)
+    second.kill()
+    _, error = first.communicate(timeout=60)
+    assert first.returncode != 0
+    assert "error: another process of this training has ended" in error
+    assert main(["--resume", str(run), "--devices", "1"]) == 0
+    assert "going on after step" in capsys.readouterr().out
+    assert_trained_alike(run, alone)
+
+
+def wait_for_a_checkpoint(process: subprocess.Popen[str], run: Path) -> None:
+    while process.poll() is None and not any((run / "net/checkpoints").glob("[0-9]*")):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--devices 0", "--devices must be at least 1, got 0"),
+        ("--devices 9", "--devices is 9, but there are 8"),
+        ("--dispatch 0", "--dispatch must be at least 1, got 0"),
+        ("--num-processes 2", "--num-processes and --process-id need --coordinator"),
+        ("--coordinator h:1", "--coordinator needs --num-processes and --process-id"),
+        ("--coordinator h --num-processes 2 --process-id 0", "--coordinator must be HOST:PORT or auto, got h"),
+        ("--coordinator h:1 --num-processes 2 --process-id 2", "--process-id must lie in [0, 2), got 2"),
+    ],
+)
+def test_impossible_places_are_refused(flags: str, message: str, capsys: Any) -> None:
+    assert main(flags.split()) == 2
+    assert message in capsys.readouterr().err
