@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,16 @@ ROOT = Path(__file__).parents[1]
 PICTURES = ("curves.png", "confusion.png")
 
 
-def start(*arguments: str | Path, cwd: Path, program: tuple[str, ...] = ("-m", "train")) -> subprocess.Popen[str]:
+def start(
+    *arguments: str | Path,
+    cwd: Path,
+    program: tuple[str, ...] = ("-m", "train"),
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.Popen[str]:
     """The command in a process of its own, as a user has it: one device, no data folder."""
     hidden = ("XLA_FLAGS", "JAXLOSS_DATA_DIR")
-    env = {name: value for name, value in os.environ.items() if name not in hidden} | {"PYTHONPATH": str(ROOT)}
+    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    env |= {"PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, *program, *map(str, arguments)]
     return subprocess.Popen(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -102,6 +110,22 @@ def test_training_and_saving_load_no_torch(tmp_path: Path) -> None:
     _, err = start(*command, cwd=tmp_path, program=("-c", code)).communicate()
     assert err == ""
     assert (tmp_path / "run/net/model.safetensors").exists()
+
+
+def test_second_start_finds_the_programs_of_the_first(tmp_path: Path) -> None:
+    outputs, programs = [], []
+    for _ in range(2):
+        process = start("--dry-run", "--model", "net", cwd=tmp_path, environment={"XDG_CACHE_HOME": str(tmp_path)})
+        outputs.append(process.communicate())
+        assert process.returncode == 0, outputs[-1]
+        programs.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*-cache")})
+    assert any(path.name.startswith("jit_step") for path in programs[0])
+    assert programs[0] == programs[1]
+    assert loss_of(outputs[0][0]) == loss_of(outputs[1][0])
+
+
+def loss_of(output: str) -> str:
+    return next(line for line in output.splitlines() if line.startswith("[validation]"))
 
 
 def torch_accuracy(model: str, folder: Path) -> float:

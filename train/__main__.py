@@ -21,8 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = _parse(arguments, replace(started, **here))
         config.check_resumes(started)
     config.check()
-    from train.run import run  # JAX loads here, after mistakes and --help have been answered
+    from train.devices import keep_programs  # JAX loads here, after mistakes and --help have been answered
+    from train.run import run
 
+    if arguments is None:  # a process of its own
+        keep_programs()
     return run(config)
 
 

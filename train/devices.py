@@ -4,13 +4,22 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
+import pooch
 from jax.sharding import AxisType, Mesh
 
 from train.config import Config, UserError
 
 SILENCE, LEAVE = 20, 40  # seconds after which a silent process counts as dead, and that one waits for others to end
+
+
+def keep_programs() -> None:
+    """Have JAX keep compiled programs in the user's cache folder, unless $JAX_COMPILATION_CACHE_DIR names another."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path(pooch.os_cache("jaxloss"), "programs")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def join(config: Config) -> None:
