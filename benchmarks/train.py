@@ -25,6 +25,7 @@ from train.data import load
 from train.loop import Learner
 
 CASES: list[tuple[ModelName, int]] = [(model, batch) for model in ("cnn", "net") for batch in (32, 100, 1000)]
+EPOCH, COMPILED = "epoch", "its compiled programs"
 OURS, EAGER, TUTORIAL = "python -m train", "PyTorch eager", "Flax tutorial"
 
 
@@ -130,6 +131,26 @@ def implementations(model: ModelName, batch: int) -> tuple[Calls, Calls]:
     return {OURS: ours, TUTORIAL: tutorial, EAGER: eager}, losses
 
 
+def whole_and_compiled(model: ModelName) -> Calls:
+    """An epoch of 1,000 images in batches of 100, and its compiled programs alone, with all inputs drawn before."""
+    digits = load("digits")
+    split = digits.train._replace(images=digits.train.images[:1000], labels=digits.train.labels[:1000])
+    recipe = Recipe("adam", lr=1e-3, momentum=0.0, gamma=1.0, epochs=1, batch_size=100)
+    learner = Learner(model, recipe, replace(digits, train=split), seed=0)
+    parts = [learner._parts(rows)[0] for rows in learner._batches(np.arange(1000))]
+
+    def whole() -> None:
+        learner.step = 0
+        learner.train_epoch(Event(), lambda step, cost: None)
+
+    def compiled() -> None:
+        for part in parts:
+            learner.state, cost = learner._step(learner.state, None, learner.train, part)
+            cost.block_until_ready()
+
+    return {EPOCH: whole, COMPILED: compiled}
+
+
 def measure(turns: int) -> list[dict[str, Any]]:
     """Times of every case, the larger ones of fewer turns."""
     rows = []
@@ -138,15 +159,21 @@ def measure(turns: int) -> list[dict[str, Any]]:
         assert_same_answers(losses)
         times = medians(steps, max(turns * 32 // max(batch, 128), 3))
         rows.append({"model": model, "batch": batch, "milliseconds": times})
+    for model in ("cnn", "net"):
+        rows.append({"model": model, "milliseconds": medians(whole_and_compiled(model), max(turns // 4, 3))})
     return rows
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Table]:
-    """Ratios of our median to each peer's."""
+    """Ratios of our median to each peer's, and of what is compiled to the whole."""
     table = Table("model", "batch", f"{OURS} ms", "images/s", f"/ {EAGER}", f"/ {TUTORIAL}")
+    epochs = Table("model", "share of an epoch's time in compiled programs")
     for row in rows:
         times = row["milliseconds"]
+        if "batch" not in row:
+            epochs.add_row(row["model"], ratio(times, COMPILED, EPOCH))
+            continue
         ours = times[OURS]["median"]
         ratios = (ratio(times, OURS, peer) for peer in (EAGER, TUTORIAL))
         table.add_row(row["model"], str(row["batch"]), f"{ours:.1f}", f"{1e3 * row['batch'] / ours:,.0f}", *ratios)
-    return [table]
+    return [table, epochs]

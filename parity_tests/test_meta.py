@@ -17,6 +17,8 @@ import torch
 import jaxloss
 from benchmarks.linear import CHUNKED, EAGER, SLABS, WHOLE
 from benchmarks.timing import ratio
+from benchmarks.train import OURS as TRAIN
+from benchmarks.train import TUTORIAL
 from jaxloss import parity
 from parity_tests.gates import (
     assert_errors_within_ratio,
@@ -281,3 +283,14 @@ def test_readme_memory_and_time_of_linear_cross_entropy_are_those_of_the_committ
     ratios = [ratio(t, SLABS, peer) for t in times for peer in (WHOLE, EAGER, CHUNKED)]
     assert len(ratios) == 6
     assert re.findall(r"\d+\.\d+", readme_part("time")) == ratios
+
+
+def test_readme_training_speeds_are_those_of_the_committed_results():
+    expected = [
+        "| {} | {} | {} | {} |".format(
+            row["model"], row["batch"], *(ratio(row["milliseconds"], TRAIN, peer) for peer in (EAGER, TUTORIAL))
+        )
+        for row in committed("train")
+        if "batch" in row
+    ]
+    assert readme_part("train").strip().splitlines()[2:] == expected
