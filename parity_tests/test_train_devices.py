@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_a_death_ends_the_other_process_and_one_process_goes_on(alone: Path, tmp
 
 def wait_for_a_checkpoint(process: subprocess.Popen[str], run: Path) -> None:
     while process.poll() is None and not any((run / "net/checkpoints").glob("[0-9]*")):
-        pass
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(

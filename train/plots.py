@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from train.data import Dataset
 from train.loop import Epoch
@@ -28,7 +29,7 @@ def draw_curve(axes: Axes, epochs: Sequence[Epoch], quantity: str) -> None:
     for phase, style in (("training", "C0.--"), ("validation", "C1.-")):
         axes.plot(numbers, [getattr(getattr(epoch, phase), quantity) for epoch in epochs], style, label=phase)
     axes.set(xlabel="epoch", ylabel="loss (nats)" if quantity == "loss" else quantity)
-    axes.locator_params("x", integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     axes.legend()
 
