@@ -6,7 +6,6 @@ if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 from threading import Event
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,26 +18,31 @@ from train.config import ModelName, Recipe, RngName
 from train.data import Dataset, Split, load
 from train.loop import Epoch, Learner
 
-# 30 images to a batch, the last of 10: neither 4 nor 8 devices divide them.
-RECIPE = Recipe("adam", lr=1e-3, momentum=0.0, gamma=1.0, epochs=2, batch_size=30)
-
 
 def digits() -> Dataset:
     """100 of them, and 40 for the test."""
     data = load("digits")
-    train, test = (
-        Split(split.images[:count], split.labels[:count]) for split, count in ((data.train, 100), (data.test, 40))
-    )
+    train, test = (Split(split.images[:n], split.labels[:n]) for split, n in ((data.train, 100), (data.test, 40)))
     return Dataset(train, test, data.classes, data.note)
 
 
 def trained(
-    model: ModelName, rng: RngName, devices: int, dtype: str = "float64", seed: int = 0, **options: Any
+    model: ModelName,
+    rng: RngName,
+    devices: int,
+    dtype: str = "float64",
+    *,
+    seed: int = 0,
+    dispatch: int = 1,
 ) -> tuple[np.ndarray, list[Epoch]]:
-    """All weights after two epochs on so many devices, and the epochs."""
+    """All weights after two epochs on so many devices, and the epochs.
+
+    Neither 4 nor 8 devices divide the batches of 30, nor the last one of 10.
+    """
+    recipe = Recipe("adam", lr=1e-3, momentum=0.0, gamma=1.0, epochs=2, batch_size=30)
     mesh = jax.make_mesh((devices,), ("batch",), (AxisType.Auto,), devices=jax.devices()[:devices])
     with jax.enable_x64(dtype == "float64"):
-        learner = Learner(model, RECIPE, digits(), seed, rng, dtype, mesh, **options)
+        learner = Learner(model, recipe, digits(), seed, rng, dtype, mesh, dispatch)
         epochs = list(learner.epochs(Event(), lambda step, cost: None))
         weights = to_torch(learner.trained())
         return np.concatenate([weights[name].ravel() for name in sorted(weights)]), epochs

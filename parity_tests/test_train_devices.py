@@ -2,18 +2,24 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from parity_tests.many_devices import distance, trained
 from parity_tests.test_processes import ROOT, free_port
+from train import loop
 from train.__main__ import main
 from train.config import ModelName, RngName
+from train.loop import Learner
 
 # Plain SGD: Adam divides gradients by their own size, and so makes much of rounding in the first steps.
 FLAGS = [
@@ -46,12 +52,25 @@ def test_many_devices_train_as_one(model: ModelName, rng: RngName) -> None:
     assert distance(trained(model, rng, 1, seed=1)[0], alone) > 1e-2
 
 
-def test_several_steps_in_one_dispatch_are_those_steps() -> None:
-    """4 steps an epoch, of which the last 3 of the second epoch are a dispatch that begins at a multiple of 3."""
-    (alone, epochs), (weights, found) = (trained("net", "torch", 1, dispatch=dispatch) for dispatch in (1, 3))
-    assert distance(weights, alone) < 1e-13
-    assert [epoch.training.steps for epoch in found] == [epoch.training.steps for epoch in epochs] == [4, 4]
-    assert found[1].training.loss == pytest.approx(epochs[1].training.loss, rel=1e-12)
+def test_calls_and_dispatches_do_not_change_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 steps an epoch, each in two calls; in one call on two devices; three steps in one dispatch, with pieces."""
+    dispatches = []
+    advance = Learner._advance
+
+    def counted(learner: Learner, batches: np.ndarray) -> Sequence[jax.Array]:
+        costs = advance(learner, batches)
+        dispatches.append(len(costs))
+        return costs
+
+    monkeypatch.setattr(Learner, "_advance", counted)
+    monkeypatch.setattr(loop, "CALL", 15)
+    monkeypatch.setattr(loop, "PIECE", 20)
+    ways: list[dict[str, int]] = [{"devices": 1}, {"devices": 2}, {"devices": 1, "dispatch": 3}]
+    results = [trained("net", "torch", **way) for way in ways]
+    assert dispatches == [1] * 16 + [3, 1, 1, 1, 1, 1]  # a dispatch begins at a multiple of its length
+    for weights, epochs in results[1:]:
+        assert distance(weights, results[0][0]) < 1e-13
+        assert epochs[1].training.loss == pytest.approx(results[0][1][1].training.loss, rel=1e-12)
 
 
 def start(*arguments: str | Path) -> list[subprocess.Popen[str]]:
@@ -101,7 +120,7 @@ def test_two_processes_go_on_where_one_was_killed(alone: Path, tmp_path: Path) -
     processes = start("--resume", run)
     outputs = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "going on after step" in outputs[0][0]
+    assert re.search("going on after step [1-9]", outputs[0][0])
     assert "loss" in outputs[0][0]
     assert "loss" not in outputs[1][0], "only process 0 prints"
     assert_trained_alike(run, alone)
@@ -115,15 +134,25 @@ def test_a_death_ends_the_other_process_and_one_process_goes_on(alone: Path, tmp
     second.communicate()
     _, error = first.communicate(timeout=60)
     assert first.returncode != 0
-    assert "error: another process of this training has ended" in error
+    assert "error: a process of this training has ended or failed" in error
     assert main(["--resume", str(run), "--devices", "1"]) == 0
-    assert "going on after step" in capsys.readouterr().out
+    assert re.search("going on after step [1-9]", capsys.readouterr().out)
     assert_trained_alike(run, alone)
 
 
+def test_an_error_of_one_process_ends_both_at_once(alone: Path) -> None:
+    processes = start(*FLAGS, "--out", alone)  # where only process 0 sees that there is a run already
+    (_, own), (_, others) = (process.communicate(timeout=60) for process in processes)
+    assert processes[0].returncode == 2
+    assert own.splitlines()[-1].startswith("error: --out")
+    assert processes[1].returncode != 0
+    assert "a process of this training has ended or failed" in others or "another task died" in others
+
+
 def wait_for_a_checkpoint(process: subprocess.Popen[str], run: Path) -> None:
-    while process.poll() is None and not any((run / "net/checkpoints").glob("[0-9]*")):
+    while process.poll() is None and not any(path.name.isdigit() for path in (run / "net/checkpoints").glob("*")):
         time.sleep(0.02)
+    assert process.poll() is None
 
 
 @pytest.mark.parametrize(

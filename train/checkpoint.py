@@ -15,7 +15,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from train.config import UserError
 from train.loop import Epoch, Learner, Phase
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every save and restore
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every save, and of errors that we tell
 
 Found = TypeVar("Found")
 
@@ -31,14 +31,12 @@ class Checkpoints:
         alone = ocp.options.MultiprocessingOptions(
             primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
         )
-        kept = [
-            preservation_policy.LatestN(2),
-            preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1),
-        ]
+        kept = [preservation_policy.LatestN(2), preservation_policy.BestN(get_metric_fn=_accuracy, n=1)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
+            best_fn=_accuracy,  # has the metrics written too
             enable_async_checkpointing=False,
-            cleanup_tmp_directories=jax.process_index() == 0,
+            cleanup_tmp_directories=process == 0,
             create=False,
             multiprocessing_options=alone,
         )
@@ -53,7 +51,8 @@ class Checkpoints:
             arrays=ocp.args.StandardSave(arrays),
             progress=ocp.args.JsonSave(progress),
         )
-        accuracy = epochs[-1].validation.accuracy if epochs else 0.0
+        # In the middle of an epoch the accuracy is not known.
+        accuracy = epochs[-1].validation.accuracy if epochs and not learner.step else -1.0
         try:
             if step in self._manager.all_steps():  # a damaged one, passed over when the run was resumed
                 self._manager.delete(step)
@@ -124,6 +123,10 @@ def _newest_whole(steps: Sequence[int], read: Callable[[int], Found]) -> tuple[F
         except Exception as error:  # whatever Orbax and its storage make of damaged files
             broken.append(f"checkpoint {step} is damaged ({type(error).__name__})")
     return None, broken
+
+
+def _accuracy(metrics: dict[str, float]) -> float:
+    return metrics["accuracy"]
 
 
 def _plain(tree: Any) -> list[np.ndarray]:

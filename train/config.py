@@ -130,7 +130,8 @@ class Config:
     def check_resumes(self, started: "Config") -> None:
         """Raise `UserError` if this is not the training that was started, or one without checkpoints."""
         free = {"resume", "log_interval", "save_model", "target_accuracy"}
-        free |= {"devices", "coordinator", "num_processes", "process_id"}  # the training does not depend on them
+        # The training does not depend on where it runs, nor on where its data are.
+        free |= {"devices", "dispatch", "coordinator", "num_processes", "process_id", "data_dir", "download"}
         changed = [
             f"--{field.name.replace('_', '-')} is {getattr(self, field.name)}, was {getattr(started, field.name)}"
             for field in fields(self)

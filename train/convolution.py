@@ -15,7 +15,10 @@ def conv_in_cells(
     padding: Sequence[tuple[int, int]],
     **options: Any,
 ) -> Float[Array, "batch rows columns features"]:
-    """`lax.conv_general_dilated` for `nnx.Conv`: few channels, an odd square kernel, even images, nothing padded.
+    """`lax.conv_general_dilated` for `nnx.Conv`, made for few channels.
+
+    It has a way of its own on CPU if the kernel is square and odd, the images' sides are even and nothing is padded or
+    left out; the last holds for `options` too, which say how the axes lie.
 
     Four neighbouring pixels make a cell with four times the channels, and four neighbouring outputs one with four times
     the features: a matrix product of the size that a processor likes, with a quarter of the positions, and what a
@@ -25,6 +28,11 @@ def conv_in_cells(
     def own(images: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(images, kernel, strides, padding, **options)
 
+    height, width, *_ = kernel.shape
+    sides = images.shape[1:3]
+    plain = tuple(strides) == (1, 1) and tuple(map(tuple, padding)) == ((0, 0), (0, 0))
+    if not plain or height != width or not height % 2 or any(side % 2 or side <= height for side in sides):
+        return own(images, kernel)
     return lax.platform_dependent(images, kernel, cpu=_in_cells, default=own)
 
 

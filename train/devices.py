@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -17,8 +17,11 @@ SILENCE, LEAVE = 20, 40  # seconds after which a silent process counts as dead, 
 
 def keep_programs() -> None:
     """Have JAX keep compiled programs in the user's cache folder, unless $JAX_COMPILATION_CACHE_DIR names another."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(pooch.os_cache("jaxloss"), "programs")))
+    folder = Path(pooch.os_cache("jaxloss"), "programs")
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
@@ -48,12 +51,15 @@ def make_mesh(count: int | None) -> Mesh:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Inside, the death of another process ends this one with a message, where it would wait for ever."""
+    """Inside, an error ends one of several processes at once, that of another's death too.
+
+    An orderly end would wait for the others, which wait for this one.
+    """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
         if jax.process_count() == 1:
             raise
-        reason = str(error).splitlines()[0]
-        print(f"error: another process of this training has ended: {reason}", file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly end would wait for the others
+        what = "a process of this training has ended or failed: " * isinstance(error, jax.errors.JaxRuntimeError)
+        print(f"error: {what}{str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        os._exit(getattr(error, "exit_code", 1))

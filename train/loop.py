@@ -101,7 +101,7 @@ class Learner:
         mesh: Mesh | None = None,
         dispatch: int = 1,
     ) -> None:
-        """Draw the weights from ``seed`` and compile; nothing compiles after this.
+        """Draw the weights from ``seed`` and compile.
 
         The mesh has one axis, and may hold the devices of several processes, each with a learner of its own; without
         one there is one device.
@@ -110,11 +110,12 @@ class Learner:
         self.model: ModelName = model
         self.recipe, self.random = recipe, RANDOMNESS[rng](model, seed)
         mesh = mesh or jax.make_mesh((1,), ("batch",), (AxisType.Auto,), devices=jax.devices()[:1])
-        self.devices, self.dispatch = mesh.size, dispatch
+        self.devices = mesh.size
         self._whole, self._divided = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), mesh.axis_names))
         self.train, self.test = self.place((data.train, data.test))
         self.batch_size = min(recipe.batch_size, len(data.train.labels))
         self.steps_per_epoch = math.ceil(len(data.train.labels) / self.batch_size)
+        self.dispatch = min(dispatch, self.steps_per_epoch)
         self.epoch, self.step, self.order = 1, 0, np.arange(len(data.train.labels))
 
         self.loss = LOSSES[model]
@@ -130,8 +131,8 @@ class Learner:
     def _compile(self, optimizer: optax.GradientTransformation) -> None:
         """The programs, for the shapes that every batch has."""
         alone = self.devices == 1 and jax.default_backend() == "cpu"
-        self._calls = -(-self.batch_size // CALL) if alone else 1
-        piece = PIECE if alone else self.batch_size + self.devices  # which holds all
+        self._calls = -(-self.batch_size // CALL) if alone and self.dispatch == 1 else 1
+        piece = PIECE if alone else None
 
         def divided(part: Part) -> Part:
             rows, masks = jax.lax.with_sharding_constraint(part[:2], self._divided)
@@ -159,10 +160,10 @@ class Learner:
             return jitted.lower(*arguments).compile()
 
         empty, *_ = self._parts(self._batches(np.array([-1]))[0])
-        self._nothing = None if self._calls == 1 else self.place(zero_sums(self.state.params))
-        self._step = compiled(step, self.state, self._nothing, self.train, empty, donated=(0,))
+        self._no_sums = None if self._calls == 1 else self.place(zero_sums(self.state.params))
+        self._step = compiled(step, self.state, self._no_sums, self.train, empty, donated=(0,))
         if self._calls > 1:
-            self._add = compiled(add, self.state.params, self._nothing, self.train, empty)
+            self._add = compiled(add, self.state.params, self._no_sums, self.train, empty)
         if self.dispatch > 1:
             parts = jax.tree.map(lambda array: np.stack([array] * self.dispatch), empty)
             self._steps = compiled(steps, self.state, self.train, parts, donated=(0,))
@@ -221,7 +222,7 @@ class Learner:
             self.state, costs = self._steps(self.state, self.train, jax.tree.map(lambda *each: np.stack(each), *parts))
             return list(costs)
         *parts, last = self._parts(batches[0])
-        sums = self._nothing
+        sums = self._no_sums
         for part in parts:
             sums = self._add(self.state.params, sums, self.train, part)
         self.state, cost = self._step(self.state, sums, self.train, last)

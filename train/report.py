@@ -48,7 +48,9 @@ class Monitor:
         self.console, self.learner, self.log_interval = console, learner, log_interval
         columns = (TextColumn(learner.model), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.progress.add_task("", total=learner.recipe.epochs * learner.steps_per_epoch)
+        self.task = self.progress.add_task(
+            "", total=learner.recipe.epochs * learner.steps_per_epoch, completed=learner.steps_done
+        )
 
     def __enter__(self) -> Self:
         """Show the progress bar."""

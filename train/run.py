@@ -37,19 +37,24 @@ if TYPE_CHECKING:
 def run(config: Config) -> int:
     """Do what ``config`` asks for; the exit code is 0, or 130 after Ctrl-C."""
     join(config)
+    with watched():
+        return _run(config)
+
+
+def _run(config: Config) -> int:
     writes = jax.process_index() == 0
     console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not writes)
     mesh = make_mesh(config.devices)
     data = load(config.data, config.data_dir, config.download)
     folder = None if config.dry_run or not writes else config.resume or _make_folder(config)
     results = []
-    with _interruptible() as interrupted, watched():
+    with _interruptible() as interrupted:
         for model in config.models:
             dispatch = _dispatch(config)
             learner = Learner(model, config.recipe(model), data, config.seed, config.rng, mesh=mesh, dispatch=dispatch)
+            outdated = folder is not None and _remove_weights(folder / model)
             results.append(_train(learner, config, folder, interrupted, console))
             if folder:
-                outdated = (folder / model / "model.safetensors").exists()  # from an interruption before --resume
                 weights = config.save_model or outdated or interrupted.is_set()
                 _save(results[-1], folder / model, data, weights=weights)
                 save_report(folder / "report.html", results, data)
@@ -103,6 +108,8 @@ def _train(learner: Learner, config: Config, folder: Path | None, interrupted: E
 
 def _dispatch(config: Config) -> int:
     """How many steps at once, so that each checkpoint falls between two dispatches."""
+    if config.dry_run:
+        return 1
     asked = config.dispatch or (1 if jax.default_backend() == "cpu" else 20)
     return math.gcd(asked, config.checkpoint_every)
 
@@ -165,6 +172,14 @@ def _record(folder: Path, epochs: list[Epoch], mode: str = "a") -> None:
             timing = {f"{name}_seconds": phase.pop("seconds") for name, phase in phases.items()}
             timing["images_per_second"] = epoch.training.images / epoch.training.seconds
             print(json.dumps({"epoch": epoch.number, "lr": epoch.lr, **phases, "timing": timing}), file=file)
+
+
+def _remove_weights(folder: Path) -> bool:
+    """Whether there were any: what an interruption has saved is outdated once the training goes on."""
+    file = folder / "model.safetensors"
+    outdated = file.exists()
+    file.unlink(missing_ok=True)
+    return outdated
 
 
 def _save(result: Result, folder: Path, data: Dataset, *, weights: bool) -> None:

@@ -87,10 +87,11 @@ def dtype_of(params: nnx.State) -> np.dtype:
 
 
 def add_part(
-    forward: Forward, loss: Loss, params: nnx.State, sums: Sums | None, split: Split, part: Part, at_once: int
+    forward: Forward, loss: Loss, params: nnx.State, sums: Sums | None, split: Split, part: Part, at_once: int | None
 ) -> Sums:
-    """Add a part of a batch, so many images after the other, to the sums over the parts before it."""
+    """Add a part of a batch, all at once or so many images after the other, to the sums over the parts before it."""
     rows, masks, count = part
+    at_once = at_once or len(rows)
 
     def objective(params: nnx.State, images: Array, labels: Array, masks: Masks) -> tuple[Array, Array]:
         outputs = forward(params, images, *masks)

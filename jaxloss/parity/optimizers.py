@@ -103,8 +103,9 @@ def optimizer_by_name(
     Args:
         name: "SGD", "Adam", "AdamW", "RMSprop", "Adagrad" or "Adadelta".
         lr: learning rate, or a function of the number of updates made.
-        options: PyTorch's keyword arguments; the others have PyTorch's defaults. A number may again be a function:
-            `momentum=cycle.momentum` or `betas=(cycle.momentum, 0.999)` with the `cycle` of `one_cycle`.
+        options: PyTorch's keyword arguments; the others have PyTorch's defaults. A number may again be a function,
+            but for Adagrad's `initial_accumulator_value`: `momentum=cycle.momentum` or `betas=(cycle.momentum, 0.999)`
+            with the `cycle` of `one_cycle`.
 
     Returns:
         The transformation. `update` needs `params` where there is weight decay: AdamW has some by default.
@@ -270,10 +271,11 @@ def _step(
     """What is added to one weight, and its new buffers, in its dtype."""
     gradient = -gradient if options["maximize"] else gradient
     decay = options["weight_decay"]
-    if decay and not options.get("decoupled_weight_decay"):
+    decays = not isinstance(decay, int | float) or decay != 0
+    if decays and not options.get("decoupled_weight_decay"):
         gradient = gradient + decay * weight
     update, buffers = rule(gradient, weight, buffers, step, options)
-    if decay and options.get("decoupled_weight_decay"):
+    if decays and options.get("decoupled_weight_decay"):
         update = update - options["lr"] * decay * weight
     return update.astype(weight.dtype), {name: new.astype(weight.dtype) for name, new in buffers.items()}
 
