@@ -104,24 +104,22 @@ def test_closed_pipe_ends_without_traceback(tmp_path: Path) -> None:
     assert process.returncode == 1
 
 
-def test_training_and_saving_load_no_torch(tmp_path: Path) -> None:
-    code = "import sys; from train.__main__ import main; sys.exit(main(sys.argv[1:]) or 'torch' in sys.modules)"
-    command = ("--model", "net", "--epochs", "1", "--save-model", "--out", "run")
-    _, err = start(*command, cwd=tmp_path, program=("-c", code)).communicate()
-    assert err == ""
-    assert (tmp_path / "run/net/model.safetensors").exists()
-
-
-def test_second_start_finds_the_programs_of_the_first(tmp_path: Path) -> None:
+def test_training_loads_no_torch_and_the_second_start_finds_the_programs_of_the_first(tmp_path: Path) -> None:
+    code = "import sys; from train.__main__ import main; sys.exit(main() or 'torch' in sys.modules)"
     outputs, programs = [], []
-    for _ in range(2):
-        process = start("--dry-run", "--model", "net", cwd=tmp_path, environment={"XDG_CACHE_HOME": str(tmp_path)})
-        outputs.append(process.communicate())
-        assert process.returncode == 0, outputs[-1]
+    for run in ("first", "second"):
+        command = ("--model", "net", "--epochs", "1", "--save-model", "--out", run)
+        environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+        process = start(*command, cwd=tmp_path, program=("-c", code), environment=environment)
+        out, err = process.communicate()
+        assert (process.returncode, err) == (0, "")
+        outputs.append(out)
         programs.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*-cache")})
     assert any(path.name.startswith("jit_step") for path in programs[0])
     assert programs[0] == programs[1]
-    assert loss_of(outputs[0][0]) == loss_of(outputs[1][0])
+    assert loss_of(outputs[0]) == loss_of(outputs[1])
+    first, second = (tmp_path / run / "net/model.safetensors" for run in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def loss_of(output: str) -> str:

@@ -57,8 +57,8 @@ def test_calls_and_dispatches_do_not_change_the_steps(monkeypatch: pytest.Monkey
     dispatches = []
     advance = Learner._advance
 
-    def counted(learner: Learner, batches: np.ndarray) -> Sequence[jax.Array]:
-        costs = advance(learner, batches)
+    def counted(learner: Learner, batches: np.ndarray, last: jax.Array) -> Sequence[jax.Array]:
+        costs = advance(learner, batches, last)
         dispatches.append(len(costs))
         return costs
 

@@ -203,8 +203,7 @@ class Learner:
             self.state = self.state._replace(totals=zero_totals())
         batches, costs = self._batches(self.order), [jnp.zeros(())]
         while self.step < len(batches):
-            costs[-1].block_until_ready()  # at most one dispatch ahead of the device: progress and Ctrl-C are true
-            costs = self._advance(batches[self.step :])
+            costs = self._advance(batches[self.step :], costs[-1])
             for cost in costs:
                 self.step += 1
                 on_step(self.step, cost)
@@ -215,17 +214,22 @@ class Learner:
     def _batches(self, order: np.ndarray) -> np.ndarray:
         return batched(order, self.batch_size, self.devices * self._calls)
 
-    def _advance(self, batches: np.ndarray) -> Sequence[Array]:
-        """One dispatch of the next steps, which begins at a multiple of its length, or a single step; their costs."""
+    def _advance(self, batches: np.ndarray, last: Array) -> Sequence[Array]:
+        """One dispatch of the next steps, which begins at a multiple of its length, or a single step; their costs.
+
+        It waits for the last one's, so that progress and Ctrl-C are true; what the next takes is drawn in the meantime.
+        """
         if self.dispatch > 1 and len(batches) >= self.dispatch and self.steps_done % self.dispatch == 0:
             parts = [part for rows in batches[: self.dispatch] for part in self._parts(rows)]
+            last.block_until_ready()
             self.state, costs = self._steps(self.state, self.train, jax.tree.map(lambda *each: np.stack(each), *parts))
             return list(costs)
-        *parts, last = self._parts(batches[0])
+        *parts, final = self._parts(batches[0])
+        last.block_until_ready()
         sums = self._no_sums
         for part in parts:
             sums = self._add(self.state.params, sums, self.train, part)
-        self.state, cost = self._step(self.state, sums, self.train, last)
+        self.state, cost = self._step(self.state, sums, self.train, final)
         return [cost]
 
     def _parts(self, rows: np.ndarray) -> list[Part]:
