@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hypothesis import settings
 
 from train.__main__ import main
 from train.checkpoint import Checkpoints
-from train.config import Config
+from train.config import Config, RngName
 from train.data import load
 from train.loop import Epoch, Learner, Phase
 
@@ -34,11 +35,18 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "timing"} for row in rows]
 
 
-def restored(run: Path, rng: str = "torch") -> Learner:
-    """A learner where a run has ended: weights, optimizer and random state."""
+@cache
+def new_learner(rng: RngName) -> Learner:
     config = Config(epochs=2)
-    learner = Learner("net", config.recipe("net"), load("digits"), seed=9, rng=rng)
+    return Learner("net", config.recipe("net"), load("digits"), seed=9, rng=rng)
+
+
+def restored(run: Path, rng: RngName = "torch") -> Learner:
+    """The learner where a run has ended: weights, optimizer and random state."""
+    learner = new_learner(rng)
+    learner.epoch = 0
     Checkpoints(run / "net" / "checkpoints").restore(learner)
+    assert learner.epoch
     return learner
 
 
@@ -67,7 +75,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def bits(run: Path, rng: str) -> tuple[Any, ...]:
+def bits(run: Path, rng: RngName) -> tuple[Any, ...]:
     """All that a run has ended with, but for times."""
     end = restored(run, rng)
     leaves = jax.tree.leaves((nnx.to_pure_dict(nnx.split(end.trained())[1]), end.state.optimizer, end.random.state()))
@@ -76,7 +84,7 @@ def bits(run: Path, rng: str) -> tuple[Any, ...]:
     return metrics(run), weights, end.epoch, end.step, [np.asarray(array).tobytes() for array in arrays]
 
 
-def assert_ended_alike(ours: Path, theirs: Path, rng: str = "torch") -> None:
+def assert_ended_alike(ours: Path, theirs: Path, rng: RngName = "torch") -> None:
     assert bits(ours, rng) == bits(theirs, rng)
 
 
@@ -96,9 +104,15 @@ def test_killed_and_resumed_run_ends_bit_for_bit_alike(tmp_path: Path) -> None:
     assert_ended_alike(killed, whole)
 
 
-def test_the_comparison_fails_on_another_seed(whole: Path, tmp_path: Path) -> None:
-    assert main([*FLAGS, "--seed", "1", "--out", str(tmp_path)]) == 0
-    assert metrics(tmp_path) != metrics(whole)
+@pytest.mark.parametrize("changed", ["metrics", "weights", "checkpoint"])
+def test_the_comparison_fails_on_a_change(whole: Path, tmp_path: Path, changed: str) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "net" / {"weights": "model.safetensors"}.get(changed, "metrics.jsonl")
+    if changed == "checkpoint":
+        shutil.rmtree(max((tmp_path / "net/checkpoints").glob("[0-9]*"), key=lambda path: int(path.name)))
+    else:
+        content = file.read_bytes()
+        file.write_bytes(content.replace(b"0.", b"1.", 1) if changed == "metrics" else content[:-1] + b"?")
     with pytest.raises(AssertionError):
         assert_ended_alike(tmp_path, whole)
 

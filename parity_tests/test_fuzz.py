@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from parity_tests.gates import HALF_UNIT, assert_float64_close, assert_same_structure, to_numpy
@@ -93,6 +93,7 @@ def assert_rounding_close(case: dict, dtype: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:reduction:UserWarning")  # kl_div(reduction="mean")
+@settings(max_examples=settings.default.max_examples * 7 // 10)
 @given(case=cases(), dtype=st.sampled_from(["float64", "float64", "float32", "bfloat16", "float16"]))
 def test_values_gradients_dtypes_and_shapes_equal_pytorch(case, dtype):
     if dtype != "float64":
@@ -144,6 +145,7 @@ def spoil(case: dict, fault: str) -> dict:
     return case
 
 
+@settings(max_examples=settings.default.max_examples * 3 // 10)
 @given(
     case=cases().filter(lambda c: c["name"] != "kl_div" and c["arrays"]["targets"].size > 0),
     fault=st.sampled_from(FAULTS),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -49,7 +50,8 @@ def test_many_devices_train_as_one(model: ModelName, rng: RngName) -> None:
                 a, b = getattr(ours, phase), getattr(expected, phase)
                 assert (a.steps, a.images, a.accuracy) == (b.steps, b.images, b.accuracy)
                 assert (a.loss, a.cost) == pytest.approx((b.loss, b.cost), rel=1e-12)
-    assert distance(trained(model, rng, 1, seed=1)[0], alone) > 1e-2
+    if model == "cnn":  # the quickest to compile
+        assert distance(trained(model, rng, 1, seed=1)[0], alone) > 1e-2
 
 
 def test_calls_and_dispatches_do_not_change_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,14 +111,10 @@ def test_the_comparison_sees_other_random_numbers(alone: Path, tmp_path: Path) -
         assert_trained_alike(tmp_path, alone)
 
 
-def test_two_processes_go_on_where_one_was_killed(alone: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "train", *FLAGS, "--out", str(run)], env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    wait_for_a_checkpoint(process, run)
-    process.kill()
-    process.wait()
+def test_two_processes_go_on_where_one_has_stopped(alone: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(alone, tmp_path / "run"))
+    *_, newest = sorted((run / "net/checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    shutil.rmtree(newest)  # the one before is from the middle of the epoch
     processes = start("--resume", run)
     outputs = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs

@@ -51,10 +51,11 @@ def sketch(array: np.ndarray) -> np.ndarray:
     """
     if array.size <= _ROWS * _COLUMNS:
         return np.array(array)
-    padded = np.zeros((-(-array.size // _COLUMNS), _COLUMNS))
-    padded.ravel()[: array.size] = array.ravel()
-    factors = np.random.default_rng(0).normal(size=(_ROWS, len(padded)))
-    return factors @ padded / np.sqrt(_ROWS)
+    flat = array.ravel().astype(np.float64, copy=False)
+    missing = -flat.size % _COLUMNS
+    rows = (np.pad(flat, (0, missing)) if missing else flat).reshape(-1, _COLUMNS)
+    factors = np.random.default_rng(0).normal(size=(_ROWS, len(rows)))
+    return factors @ rows / np.sqrt(_ROWS)
 
 
 def compare_steps(findings: Findings, subject: Subject, optimizers: Optimizers | None, steps: int) -> Trajectory | None:
