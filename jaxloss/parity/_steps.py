@@ -33,7 +33,7 @@ _BUFFERS = {
     "e_g": ("square_avg",),
     "e_x": ("acc_delta",),
 }
-_ROWS, _COLUMNS = 8, 512
+_SUMS, _SMALL = 8, 4096
 
 
 class Trajectory(NamedTuple):
@@ -46,16 +46,14 @@ class Trajectory(NamedTuple):
 def sketch(array: np.ndarray) -> np.ndarray:
     """A small linear image of a large array, a small array itself: what is kept of an array to compare it later.
 
-    Eight sums, with normal factors, over the rows of 512 elements. The norm of a difference of images is that of the
-    arrays but for a factor near 1, whatever the arrays; that both are equal where the arrays differ has probability 0.
+    Eight sums, with normal factors, along its longest axis. The norm of a difference of images is that of the arrays
+    but for a factor near 1, whatever the arrays; that both are equal where the arrays differ has probability 0.
     """
-    if array.size <= _ROWS * _COLUMNS:
+    longest = int(np.argmax(array.shape)) if array.ndim else 0
+    if array.size <= _SMALL or array.shape[longest] <= _SUMS:
         return np.array(array)
-    flat = array.ravel().astype(np.float64, copy=False)
-    missing = -flat.size % _COLUMNS
-    rows = (np.pad(flat, (0, missing)) if missing else flat).reshape(-1, _COLUMNS)
-    factors = np.random.default_rng(0).normal(size=(_ROWS, len(rows)))
-    return factors @ rows / np.sqrt(_ROWS)
+    factors = np.random.default_rng(0).normal(size=(_SUMS, array.shape[longest]))
+    return np.tensordot(factors, array.astype(np.float64, copy=False), axes=(1, longest)) / np.sqrt(_SUMS)
 
 
 def compare_steps(findings: Findings, subject: Subject, optimizers: Optimizers | None, steps: int) -> Trajectory | None:
