@@ -150,6 +150,31 @@ def test_convolution_in_cells_is_jaxs_own(x64: None, size: int, channels: int, f
         assert_close([cells[0], cells[1], cells[2] + 1e-9], own)
 
 
+@pytest.mark.parametrize(
+    ("pixels", "size", "channels", "options"),
+    [
+        (12, 5, 2, {"window_strides": (2, 2)}),
+        (12, 5, 2, {"padding": [(2, 2)] * 2}),
+        (27, 5, 2, {}),
+        (12, 4, 2, {}),
+        (4, 5, 2, {"padding": [(1, 1)] * 2}),
+        (12, 5, 2, {"lhs_dilation": (2, 2)}),
+        (12, 3, 2, {"rhs_dilation": (2, 2)}),
+        (12, 5, 1, {"feature_group_count": 2}),
+    ],
+    ids=["strides", "padding", "odd image", "even kernel", "small image", "dilated image", "dilated kernel", "groups"],
+)
+def test_other_convolutions_are_jaxs_own(pixels: int, size: int, channels: int, options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    images, kernel = rng.normal(size=(2, pixels, pixels, 2)), rng.normal(size=(size, size, channels, 4))
+    options = {"window_strides": (1, 1), "padding": [(0, 0)] * 2, **options}
+    options["dimension_numbers"] = ("NHWC", "HWIO", "NHWC")
+    expected = jax.lax.conv_general_dilated(jnp.asarray(images), jnp.asarray(kernel), **options)
+    strides, padding = options.pop("window_strides"), options.pop("padding")
+    found = conv_in_cells(jnp.asarray(images), jnp.asarray(kernel), strides, padding, **options)
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("cuda", 1), ("tpu", 1)])
 def test_only_cpu_has_convolutions_in_cells(platform: str, convolutions: int) -> None:
     conv = partial(conv_in_cells, strides=(1, 1), padding=[(0, 0)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))

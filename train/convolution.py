@@ -17,8 +17,8 @@ def conv_in_cells(
 ) -> Float[Array, "batch rows columns features"]:
     """`lax.conv_general_dilated` for `nnx.Conv`, made for few channels.
 
-    It has a way of its own on CPU if the kernel is square and odd, the images' sides are even and nothing is padded or
-    left out; the last holds for `options` too, which say how the axes lie.
+    It has a way of its own on CPU if the kernel is square and odd, the images' sides are even, and nothing is padded,
+    left out, dilated or grouped.
 
     Four neighbouring pixels make a cell with four times the channels, and four neighbouring outputs one with four times
     the features: a matrix product of the size that a processor likes, with a quarter of the positions, and what a
@@ -31,6 +31,8 @@ def conv_in_cells(
     height, width, *_ = kernel.shape
     sides = images.shape[1:3]
     plain = tuple(strides) == (1, 1) and tuple(map(tuple, padding)) == ((0, 0), (0, 0))
+    plain = plain and options.get("feature_group_count", 1) == 1
+    plain = plain and all(options.get(name) in (None, (1, 1)) for name in ("lhs_dilation", "rhs_dilation"))
     if not plain or height != width or not height % 2 or any(side % 2 or side <= height for side in sides):
         return own(images, kernel)
     return lax.platform_dependent(images, kernel, cpu=_in_cells, default=own)
