@@ -77,7 +77,8 @@ class JaxRandomness:
         if self.model == "cnn":
             return ()
         with jax.default_device(jax.local_devices(backend="cpu")[0]):  # an accelerator is busy with the last step
-            masks = _kept(jax.random.key(self.seed), self.steps, size)
+            key = jax.random.fold_in(jax.random.key(self.seed), 2**31)  # the weights have those of 0, 1, 2, ...
+            masks = _kept(key, self.steps, size)
         self.steps += images > 0
         return (jax.tree.map(np.asarray, masks),)
 
