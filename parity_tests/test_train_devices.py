@@ -93,7 +93,7 @@ def assert_trained_alike(ours: Path, theirs: Path) -> None:
     (mine,), (expected,) = epochs_of(ours), epochs_of(theirs)
     assert mine["training"]["steps"] == expected["training"]["steps"]
     assert mine["training"]["accuracy"] == pytest.approx(expected["training"]["accuracy"], abs=2e-3)
-    for phase in ("training", "validation"):
+    for phase in ("training", "validation"):  # this process compiles otherwise, which alone makes 1.1e-5
         assert mine[phase]["loss"] == pytest.approx(expected[phase]["loss"], rel=1e-4)
 
 

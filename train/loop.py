@@ -77,7 +77,7 @@ def read(totals: Totals, steps: int, images: int, start: float) -> Phase:
 
 
 class Learner:
-    """A model, its images on every device and its two compiled programs, which divide each batch over the devices.
+    """A model, its images on every device and its compiled programs, which divide each batch over the devices.
 
     Everything but a batch's rows is whole on every device. What is computed does not depend on their number, but for
     rounding: the rows that fill up a batch are ignored, and dropout's masks are those of the images, wherever they are.
