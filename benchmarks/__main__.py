@@ -13,39 +13,40 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from benchmarks import linear, losses, train
-from benchmarks.timing import about, pin_malloc
+from benchmarks import accuracy, linear, losses, train
+from benchmarks.timing import PLATFORM, about, pin_malloc
 
-SUITES = {"losses": losses, "linear": linear, "train": train}
+SUITES = {"losses": losses, "linear": linear, "train": train, "accuracy": accuracy}
+PINNED = ("losses", "linear")  # a whole program is timed as it runs for users
 
 
 @dataclass(frozen=True)
 class Options:
     """Time jaxloss against its peers, interleaved in one run."""
 
-    suite: Literal["losses", "linear", "train", "all"] = "all"
-    """What to measure."""
+    suite: Literal["losses", "linear", "train", "accuracy", "all"] = "all"
+    """What to measure. All is the first three: accuracy needs MNIST, and hours without a GPU."""
     turns: int = 40
     """Turns of each implementation and case, of five timed calls each (fewer where a call takes long)."""
     json_dir: Path | None = None
-    """Also write SUITE-DEVICE.json here."""
+    """Also write SUITE-PLATFORM.json here, such as losses-cpu.json."""
 
 
 def main() -> None:
     """Measure, print, and write the results if asked."""
     options = tyro.cli(Options, prog="python -m benchmarks")
     if options.suite == "all":
-        for name in SUITES:
+        for name in ("losses", "linear", "train"):
             subprocess.run([sys.executable, "-m", "benchmarks", *sys.argv[1:], "--suite", name], check=True)
         return
-    if options.suite != "train":  # a whole program is timed as it runs for users
+    if options.suite in PINNED:
         pin_malloc()
     console = Console()
     console.print(about())
     rows = SUITES[options.suite].measure(options.turns)
     console.print(*SUITES[options.suite].tables(rows))
     if options.json_dir:
-        file = options.json_dir / f"{options.suite}-{about()['device']}.json"
+        file = options.json_dir / f"{options.suite}-{PLATFORM}.json"
         file.write_text(json.dumps(about() | {"rows": rows}, indent=1) + "\n")
 
 

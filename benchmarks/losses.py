@@ -1,7 +1,8 @@
-"""Cross entropy's value and gradient, float32 logits and integer labels, against optax and PyTorch."""
+"""The losses, value alone and with gradient, against optax, plain jax.nn and PyTorch, beside a pass over the logits."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,57 +11,182 @@ import optax
 import torch
 from rich.progress import track
 from rich.table import Table
+from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
-from benchmarks.timing import Calls, assert_same_answers, medians, ratio
+from benchmarks.timing import TORCH, Calls, assert_same_answers, medians, told, wait
 
-SHAPES = [(128, 10), (8192, 10), (1024, 1000), (256, 32000), (1024, 32768)]
-OURS = "jaxloss"
-PEERS = ("optax", "PyTorch eager")
+SHAPES = [(128, 10), (8192, 10), (1024, 1000), (8, 128, 128, 21), (256, 32000), (1024, 32768), (1024, 131072)]
+VALUE, BOTH = "value", "value and gradient"
+OURS, OPTAX, PLAIN, EAGER, COMPILED = "jaxloss", "optax", "plain jax.nn", "PyTorch eager", "torch.compile"
+BARE = "without options"  # another loss, which is timed to see what they cost
+PASSES = {VALUE: ("sum(x)", jnp.sum), BOTH: ("x + 1", lambda x: x + 1)}
+SMOOTHED = {"label_smoothing": 0.1, "ignore_index": 0}
 
 
-def implementations(logits: np.ndarray, labels: np.ndarray) -> Calls:
-    """Calls without arguments that return the loss and its gradient, finished."""
-    z, t = jnp.asarray(logits), jnp.asarray(labels)
+@dataclass(frozen=True)
+class Kind:
+    """A function of logits (for nll_loss: log-probabilities) and targets."""
 
-    def optax_loss(z: jax.Array, t: jax.Array) -> jax.Array:
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(z, t))
+    torch: Callable  # with the classes on axis 1
+    jax: dict[str, Callable]
+    targets: Literal["labels", "probabilities"] = "labels"
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    quantities: tuple[str, ...] = (VALUE, BOTH)
+    compiled: bool = False
+    confident: bool = False  # one row is
+    log_probs: bool = False  # not any logits
 
-    def jitted(loss: Callable) -> Callable[[], tuple[jax.Array, jax.Array]]:
-        step = jax.jit(jax.value_and_grad(loss))
-        return lambda: jax.block_until_ready(step(z, t))
 
-    leaf, long = torch.tensor(logits, requires_grad=True), torch.tensor(labels).long()
+def picked(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
+    """What one writes by hand."""
+    return -jnp.mean(jnp.take_along_axis(log_probs, labels[..., None], axis=-1))
 
-    def torch_step() -> tuple[torch.Tensor, torch.Tensor]:
-        loss = torch.nn.functional.cross_entropy(leaf, long)
-        return loss, *torch.autograd.grad(loss, leaf)
 
-    return {OURS: jitted(jaxloss.cross_entropy), "optax": jitted(optax_loss), "PyTorch eager": torch_step}
+def optax_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def weights(classes: int) -> np.ndarray:
+    """Of classes."""
+    return np.linspace(0.5, 1.5, classes, dtype=np.float32)
+
+
+def weighted(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """With three options."""
+    return jaxloss.cross_entropy(logits, labels, weight=weights(logits.shape[-1]), **SMOOTHED)
+
+
+def torch_weighted(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The same."""
+    weight = torch.tensor(weights(logits.shape[1])).to(logits)
+    return F.cross_entropy(logits, labels, weight=weight, **SMOOTHED)
+
+
+LOSSES = {OURS: jaxloss.cross_entropy, OPTAX: optax_loss, PLAIN: lambda z, t: picked(jax.nn.log_softmax(z), t)}
+KINDS = {
+    "log_softmax": Kind(
+        lambda z, t: F.log_softmax(z, dim=1),
+        {OURS: lambda z, t: jaxloss.log_softmax(z), PLAIN: lambda z, t: jax.nn.log_softmax(z)},
+    ),
+    "nll_loss": Kind(F.nll_loss, {OURS: jaxloss.nll_loss, PLAIN: picked}, log_probs=True),
+    "cross_entropy": Kind(F.cross_entropy, LOSSES, compiled=True),
+    "cross_entropy, one confident row": Kind(
+        F.cross_entropy, LOSSES, dtypes=("float32",), quantities=(BOTH,), confident=True
+    ),
+    "cross_entropy, probabilities": Kind(
+        F.cross_entropy,
+        {OURS: jaxloss.cross_entropy, OPTAX: lambda z, t: jnp.mean(optax.softmax_cross_entropy(z, t))},
+        "probabilities",
+    ),
+    "cross_entropy, weight + ignore_index + label_smoothing": Kind(
+        torch_weighted, {OURS: weighted, BARE: jaxloss.cross_entropy}
+    ),
+}
+
+
+def examples(kind: Kind, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits, and labels or probabilities."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=shape).astype(np.float32)
+    if kind.targets == "probabilities":
+        exponentials = np.exp(rng.normal(size=shape).astype(np.float32))
+        return logits, exponentials / exponentials.sum(-1, keepdims=True)
+    labels = rng.integers(0, shape[-1], shape[:-1]).astype(np.int32)
+    if kind.confident:
+        logits.reshape(-1, shape[-1])[0, labels.flat[0]] = 40
+    if kind.log_probs:
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    return logits, labels
+
+
+def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...]) -> Calls:
+    """Calls without arguments that return the value, or the value and its gradient, finished; PyTorch eager last."""
+    logits, targets = examples(kind, shape)
+    factors = np.random.default_rng(1).normal(size=shape).astype(np.float32)  # the gradient of what has no scalar value
+    integers = targets.dtype == np.int32
+    z, t, g = jnp.asarray(logits, dtype), jnp.asarray(targets, None if integers else dtype), jnp.asarray(factors, dtype)
+
+    def jitted(loss: Callable) -> Callable[[], list[jax.Array]]:
+        def both(z: jax.Array, t: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+            value, pull = jax.vjp(lambda z: loss(z, t), z)
+            return value, *pull(g if value.ndim else jnp.ones_like(value))
+
+        step = jax.jit(both if quantity == BOTH else lambda z, t, g: loss(z, t))
+        return lambda: jax.tree.leaves(jax.block_until_ready(step(z, t, g)))
+
+    def in_torch(array: np.ndarray) -> torch.Tensor:
+        tensor = torch.tensor(array, device=TORCH)
+        tensor = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor.long()
+        return tensor.movedim(-1, 1).contiguous() if len(shape) > 2 and array.ndim == len(shape) else tensor
+
+    leaf, aims, cotangent = map(in_torch, (logits, targets, factors))
+    leaf.requires_grad_(quantity == BOTH)
+
+    def in_pytorch(loss: Callable) -> Callable[[], list[torch.Tensor]]:
+        def call() -> list[torch.Tensor]:
+            found = [loss(leaf, aims)]
+            if quantity == BOTH:
+                found += torch.autograd.grad(found[0], leaf, cotangent if found[0].ndim else None)
+            wait()
+            return [x.movedim(1, -1) if x.ndim > 2 else x for x in found]
+
+        return call
+
+    calls: Calls = {name: jitted(loss) for name, loss in kind.jax.items()}
+    if kind.compiled and quantity == BOTH:
+        torch.compiler.reset()
+        calls[COMPILED] = in_pytorch(torch.compile(kind.torch, dynamic=False))
+    return calls | {EAGER: in_pytorch(kind.torch)}
+
+
+def cases() -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
+    """Every kind, quantity, dtype and shape."""
+    for name, kind in KINDS.items():
+        for quantity in kind.quantities:
+            for dtype in kind.dtypes:
+                yield from ((name, quantity, dtype, shape) for shape in SHAPES)
+
+
+def outside_jit() -> Calls:
+    """Calls on 128 x 10 as written, outside of jit: what each call costs."""
+    logits, labels = examples(KINDS["cross_entropy"], (128, 10))
+    z, t, leaf, long = jnp.asarray(logits), jnp.asarray(labels), torch.tensor(logits), torch.tensor(labels).long()
+    calls = {name: lambda loss=loss: [jax.block_until_ready(loss(z, t))] for name, loss in LOSSES.items()}
+    return calls | {EAGER: lambda: [F.cross_entropy(leaf, long)]}
 
 
 def measure(turns: int) -> list[dict[str, Any]]:
-    """Rows of the table: a fifth of the turns from 8 million logits on."""
-    cases = [(shape, confident) for shape in SHAPES for confident in (False, True)]
+    """Rows of the table: fewer turns from 1 million logits on."""
     rows = []
-    for shape, confident in track(cases, description="measuring losses", transient=True):
-        rng = np.random.default_rng(0)
-        logits, labels = rng.normal(size=shape).astype(np.float32), rng.integers(0, shape[1], shape[0]).astype(np.int32)
-        if confident:
-            logits[0, labels[0]] = 40
-        calls = implementations(logits, labels)
-        assert_same_answers(calls)
-        few = turns if np.prod(shape) < 8_000_000 else max(turns // 5, 1)
-        rows.append({"shape": shape, "one confident row": confident, "milliseconds": medians(calls, few)})
-    return rows
+    for name, quantity, dtype, shape in track(list(cases()), description="measuring losses", transient=True):
+        calls = implementations(KINDS[name], quantity, dtype, shape)
+        row = {"loss": name, "of": quantity, "dtype": dtype, "shape": shape}
+        comparable = {name: call for name, call in calls.items() if name != BARE}
+        row["first call, seconds"] = assert_same_answers(comparable, dtype)
+        label, function = PASSES[quantity]
+        x, one_pass = jnp.asarray(examples(KINDS[name], shape)[0], dtype), jax.jit(function)
+        calls[label] = lambda one_pass=one_pass, x=x: jax.block_until_ready(one_pass(x))
+        few = max(turns // (1 if np.prod(shape) < 1e6 else 5 if np.prod(shape) < 1e8 else 10), 2)
+        rows.append(row | {"milliseconds": medians(calls, few)})
+    calls = outside_jit()
+    assert_same_answers(calls)
+    row = {"loss": "cross_entropy", "of": "value, outside of jit", "dtype": "float32", "shape": (128, 10)}
+    return [*rows, row | {"milliseconds": medians(calls, turns)}]
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Table]:
-    """Ratios of our median to each peer's, with both quartiles of ours for the noise."""
-    table = Table("logits", "one confident row", f"{OURS} ms (quartiles)", *(f"/ {peer}" for peer in PEERS))
+    """Ratios of our median to each peer's and to a pass over the logits, with both quartiles of ours for the noise."""
+    peers = (OPTAX, PLAIN, EAGER, COMPILED, BARE)
+    head = ("loss", "of", "dtype", "logits", f"{OURS} ms (quartiles)")
+    table = Table(*head, *(f"/ {peer}" for peer in peers), "/ a pass", "compiles, s")
     for row in rows:
-        ours = row["milliseconds"][OURS]
-        spread = f"{ours['median']:.3g} ({ours['q1']:.3g}-{ours['q3']:.3g})"
-        ratios = (ratio(row["milliseconds"], OURS, peer) for peer in PEERS)
-        table.add_row(" x ".join(map(str, row["shape"])), "yes" if row["one confident row"] else "no", spread, *ratios)
+        times = row["milliseconds"]
+        spread = "{median:.3g} ({q1:.3g}-{q3:.3g})".format(**times[OURS])
+        ratios = [told(times, OURS, peer) for peer in peers]
+        a_pass = next((told(times, OURS, label) for label, _ in PASSES.values() if label in times), "")
+        first = f"{row['first call, seconds'][OURS]:.1f}" if "first call, seconds" in row else ""
+        shape = " x ".join(map(str, row["shape"]))
+        table.add_row(row["loss"], row["of"], row["dtype"], shape, spread, *ratios, a_pass, first)
     return [table]

@@ -13,7 +13,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -22,9 +22,18 @@ import numpy as np
 import torch
 
 Calls = dict[str, Callable[[], Any]]
-WARM_UP, TIMED = 0.02, 5  # a turn: seconds of untimed calls, then so many timed ones
+Times = Mapping[str, Mapping[str, float]]  # by implementation: q1, median, q3
+WARM_UP, TIMED, LONG = 0.02, 5, 0.1  # a turn: seconds of untimed calls, then so many timed ones within so many seconds
 # Fresh pages for every array from 16 MiB on, as glibc has it by default from 32 MiB on, and for none below.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(16 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+PLATFORM = jax.default_backend()
+TORCH = torch.device("cuda" if PLATFORM == "gpu" else "cpu")
+# How far answers may differ: of each element, and of the largest.
+TOLERANCES = {"float32": (1e-4, 1e-6), "tf32": (1e-2, 1e-2), "bfloat16": (3e-2, 1e-2)}
+MATMUL = "float32"  # what products of float32 matrices compute in
+if TORCH.type == "cuda":  # as XLA does by default
+    torch.set_float32_matmul_precision("high")
+    MATMUL = "tf32"
 
 
 def pin_malloc() -> None:
@@ -44,20 +53,34 @@ def about() -> dict[str, Any]:
     }
 
 
-def assert_same_answers(calls: Calls) -> None:
-    """Every implementation gives what the last one gives."""
-    *others, reference = (_as_numpy(call()) for call in calls.values())
+def wait() -> None:
+    """For PyTorch what block_until_ready is for JAX."""
+    if TORCH.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def assert_same_answers(calls: Calls, dtype: str = "float32") -> dict[str, float]:
+    """Every implementation gives what the last one gives; the seconds of each first call, which compiles."""
+    answers, seconds = {}, {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        answers[name] = call()
+        wait()
+        seconds[name] = time.perf_counter() - start
+    *others, reference = map(_as_numpy, answers.values())
+    rtol, atol = TOLERANCES[dtype]
     for name, found in zip(calls, others, strict=False):
         for ours, expected in zip(found, reference, strict=True):
-            np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max(), err_msg=name)
+            np.testing.assert_allclose(ours, expected, rtol=rtol, atol=atol * np.abs(expected).max(), err_msg=name)
+    return seconds
 
 
 def _as_numpy(results: Iterable[Any]) -> list[np.ndarray]:
-    return [np.asarray(x.detach() if isinstance(x, torch.Tensor) else x) for x in results]
+    return [(x.detach().float().cpu() if isinstance(x, torch.Tensor) else np.asarray(x, np.float32)) for x in results]
 
 
 def medians(calls: Calls, turns: int) -> dict[str, dict[str, float]]:
-    """Median and quartiles in milliseconds of each call, all interleaved."""
+    """Median and quartiles in milliseconds of each call, all interleaved; a call that is long has fewer."""
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     for _ in range(turns):
@@ -66,9 +89,14 @@ def medians(calls: Calls, turns: int) -> dict[str, dict[str, float]]:
             until = time.perf_counter() + WARM_UP
             while time.perf_counter() < until:
                 calls[name]()
-            for _ in range(TIMED):
+                wait()
+            until = time.perf_counter() + LONG
+            for number in range(TIMED):
                 start = time.perf_counter()
+                if number and start > until:
+                    break
                 result = calls[name]()
+                wait()
                 elapsed = time.perf_counter() - start
                 del result
                 milliseconds[name].append(1e3 * elapsed)
@@ -78,6 +106,14 @@ def medians(calls: Calls, turns: int) -> dict[str, dict[str, float]]:
     }
 
 
-def ratio(times: dict[str, dict[str, float]], ours: str, peer: str) -> str:
+def ratio(times: Times, ours: str, peer: str) -> str:
     """Our median over a peer's."""
     return f"{times[ours]['median'] / times[peer]['median']:.2f}"
+
+
+def told(times: Times, ours: str, peer: str) -> str:
+    """The ratio for a table: empty without the peer, marked ~ where the middle halves of both overlap."""
+    if peer not in times:
+        return ""
+    a, b = times[ours], times[peer]
+    return "~" * (a["q1"] <= b["q3"] and b["q1"] <= a["q3"]) + ratio(times, ours, peer)

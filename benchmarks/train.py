@@ -1,8 +1,10 @@
 """A training step of both models (Adam, float32) against PyTorch eager and the step of Flax's MNIST tutorial.
 
-Ours is a whole epoch of one batch: the order, dropout's masks and the reading of the totals count too.
+Ours is a whole epoch: the order, dropout's masks and the reading of the totals count too. It has one batch on CPU,
+and 20 on an accelerator, which takes them in one dispatch; then everyone takes 20 steps.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from threading import Event
 from typing import Any
@@ -17,16 +19,17 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.timing import Calls, assert_same_answers, medians, ratio
+from benchmarks.timing import MATMUL, PLATFORM, TORCH, Calls, assert_same_answers, medians, ratio, told, wait
 from jaxloss.parity import load_torch, to_torch
 from train import originals
 from train.config import ModelName, Recipe
-from train.data import load
+from train.data import Dataset, load
 from train.loop import Learner
 
 CASES: list[tuple[ModelName, int]] = [(model, batch) for model in ("cnn", "net") for batch in (32, 100, 1000)]
 EPOCH, COMPILED = "epoch", "its compiled programs"
-OURS, EAGER, TUTORIAL = "python -m train", "PyTorch eager", "Flax tutorial"
+OURS, EAGER, COMPILED_TORCH, TUTORIAL = "python -m train", "PyTorch eager", "torch.compile", "Flax tutorial"
+STEPS = 1 if PLATFORM == "cpu" else 20  # a call
 
 
 class TutorialCNN(nnx.Module):
@@ -80,64 +83,84 @@ def tutorial_step(module: Any, optimizer: Any, metrics: Any, images: jax.Array, 
     optimizer.update(module, gradients)
 
 
-def implementations(model: ModelName, batch: int) -> tuple[Calls, Calls]:
-    """Calls that take a step, and calls that return the loss without dropout."""
-    original, stock, feature_map = MODULES[model]
+def digits_of(count: int) -> Dataset:
+    """So many training images, repeated if there are not enough, and as many test images."""
     digits = load("digits")
-    split = digits.train._replace(images=digits.train.images[:batch], labels=digits.train.labels[:batch])
-    recipe = Recipe("adam", lr=1e-3, momentum=0.0, gamma=1.0, epochs=1, batch_size=batch)
-    learner = Learner(model, recipe, replace(digits, train=split, test=split), seed=0)
+    images, labels = (np.resize(part, (count, *part.shape[1:])) for part in digits.train[:2])
+    split = digits.train._replace(images=images, labels=labels)
+    return replace(digits, train=split, test=split)
+
+
+def recipe_of(batch: int) -> Recipe:
+    """Adam's."""
+    return Recipe("adam", lr=1e-3, momentum=0.0, gamma=1.0, epochs=1, batch_size=batch)
+
+
+def implementations(model: ModelName, batch: int) -> tuple[Calls, Calls]:
+    """Calls that take `STEPS` steps, and calls that return the loss without dropout."""
+    original, stock, feature_map = MODULES[model]
+    data = digits_of(STEPS * batch)
+    learner = Learner(model, recipe_of(batch), data, seed=0, dispatch=STEPS)
     weights = to_torch(learner.trained())
-    pixels = np.asarray(split.images, np.float32) / 255
+    pixels = np.asarray(data.train.images, np.float32) / 255
     loss_of = {"cnn": F.cross_entropy, "net": F.nll_loss}[model]
 
-    module = original()
-    module.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
-    adam = torch.optim.Adam(module.parameters(), lr=1e-3)
-    inputs, targets = torch.tensor(pixels)[:, None], torch.tensor(np.asarray(split.labels)).long()
-
+    inputs = torch.tensor(pixels, device=TORCH)[:, None].split(batch)
+    targets = torch.tensor(data.train.labels, device=TORCH).long().split(batch)
     flatten = {"fc" if model == "cnn" else "fc1": feature_map}
     named = {"conv1": "layer1.0", "conv2": "layer2.0"} if model == "cnn" else {}
     names = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in named.items() for kind in ("weight", "bias")}
     port: Any = load_torch(stock(nnx.Rngs(0)), weights, flatten=flatten, names=names)
     optimizer = nnx.Optimizer(port, optax.adam(1e-3), wrt=nnx.Param)
     metrics = nnx.MultiMetric(accuracy=nnx.metrics.Accuracy(), loss=nnx.metrics.Average("loss"))
-    images, labels = jnp.asarray(pixels)[..., None], jnp.asarray(split.labels, jnp.int32)
+    images = jnp.split(jnp.asarray(pixels)[..., None], STEPS)
+    labels = jnp.split(jnp.asarray(data.train.labels, jnp.int32), STEPS)
 
     def ours() -> None:
         learner.step = 0
         learner.train_epoch(Event(), lambda step, cost: None)
 
-    def eager() -> None:
-        module.train()
-        adam.zero_grad()
-        loss_of(module(inputs), targets).backward()
-        adam.step()
-
     def tutorial() -> None:
         port.train()
-        tutorial_step(port, optimizer, metrics, images, labels)
+        for batch_images, batch_labels in zip(images, labels, strict=True):
+            tutorial_step(port, optimizer, metrics, batch_images, batch_labels)
         jax.block_until_ready(nnx.state(port, nnx.Param))
 
     def stock_loss() -> list[Any]:
         port.eval()
-        return [tutorial_loss(port, images, labels)[0]]
+        return [np.mean([tutorial_loss(port, *each)[0] for each in zip(images, labels, strict=True)])]
 
-    losses = {
-        OURS: lambda: [learner.evaluate()[0].loss],
-        TUTORIAL: stock_loss,
-        EAGER: lambda: [loss_of(module.eval()(inputs), targets)],
-    }
-    return {OURS: ours, TUTORIAL: tutorial, EAGER: eager}, losses
+    def in_pytorch(compiled: bool) -> tuple[Callable[[], None], Callable[[], list[float]]]:
+        module = original().to(TORCH)
+        module.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+        adam = torch.optim.Adam(module.parameters(), lr=1e-3)
+        run = torch.compile(module) if compiled else module
+
+        def steps() -> None:
+            module.train()
+            for batch_inputs, batch_targets in zip(inputs, targets, strict=True):
+                adam.zero_grad()
+                loss_of(run(batch_inputs), batch_targets).backward()
+                adam.step()
+            wait()
+
+        @torch.no_grad()
+        def loss() -> list[float]:
+            module.eval()
+            return [np.mean([float(loss_of(run(x), y)) for x, y in zip(inputs, targets, strict=True)])]
+
+        return steps, loss
+
+    torch.compiler.reset()
+    eager, compiled = in_pytorch(False), in_pytorch(True)
+    steps = {OURS: ours, TUTORIAL: tutorial, COMPILED_TORCH: compiled[0], EAGER: eager[0]}
+    our_loss = {OURS: lambda: [learner.evaluate()[0].loss]}
+    return steps, our_loss | {TUTORIAL: stock_loss, COMPILED_TORCH: compiled[1], EAGER: eager[1]}
 
 
 def whole_and_compiled(model: ModelName) -> Calls:
-    """An epoch of 6,000 images in batches of 100, and its compiled programs alone, with all inputs drawn before."""
-    digits = load("digits")
-    images, labels = (np.resize(part, (6000, *part.shape[1:])) for part in digits.train[:2])
-    split = digits.train._replace(images=images, labels=labels)
-    recipe = Recipe("adam", lr=1e-3, momentum=0.0, gamma=1.0, epochs=1, batch_size=100)
-    learner = Learner(model, recipe, replace(digits, train=split), seed=0)
+    """On CPU: an epoch of 6,000 images in batches of 100, and its compiled programs alone, all inputs drawn before."""
+    learner = Learner(model, recipe_of(100), digits_of(6000), seed=0)
     parts = [learner._parts(rows)[0] for rows in learner._batches(np.arange(6000))]
 
     def whole() -> None:
@@ -157,24 +180,25 @@ def measure(turns: int) -> list[dict[str, Any]]:
     rows = []
     for model, batch in track(CASES, description="train", transient=True):
         steps, losses = implementations(model, batch)
-        assert_same_answers(losses)
+        assert_same_answers(losses, MATMUL)
         times = medians(steps, max(turns * 32 // max(batch, 128), 3))
-        rows.append({"model": model, "batch": batch, "milliseconds": times})
-    for model in ("cnn", "net"):
+        rows.append({"model": model, "batch": batch, "steps": STEPS, "milliseconds": times})
+    for model in ("cnn", "net") if PLATFORM == "cpu" else ():
         rows.append({"model": model, "milliseconds": medians(whole_and_compiled(model), max(turns // 8, 3))})
     return rows
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Table]:
     """Ratios of our median to each peer's, and of what is compiled to the whole."""
-    table = Table("model", "batch", f"{OURS} ms", "images/s", f"/ {EAGER}", f"/ {TUTORIAL}")
+    peers = (EAGER, COMPILED_TORCH, TUTORIAL)
+    table = Table("model", "batch", f"{OURS} ms a step", "images/s", *(f"/ {peer}" for peer in peers))
     epochs = Table("model", "share of an epoch's time in compiled programs")
     for row in rows:
         times = row["milliseconds"]
         if "batch" not in row:
             epochs.add_row(row["model"], ratio(times, COMPILED, EPOCH))
             continue
-        ours = times[OURS]["median"]
-        ratios = (ratio(times, OURS, peer) for peer in (EAGER, TUTORIAL))
-        table.add_row(row["model"], str(row["batch"]), f"{ours:.1f}", f"{1e3 * row['batch'] / ours:,.0f}", *ratios)
+        ours = times[OURS]["median"] / row["steps"]
+        ratios = (told(times, OURS, peer) for peer in peers)
+        table.add_row(row["model"], str(row["batch"]), f"{ours:.3g}", f"{1e3 * row['batch'] / ours:,.0f}", *ratios)
     return [table, epochs]

@@ -20,9 +20,9 @@ Optimizers = tuple[torch.optim.Optimizer, optax.GradientTransformation]
 Sketches = dict[str, dict[str, np.ndarray]]  # after a step: what is kept ("": parameters) → the port's name → sketch
 
 # How far a right port may be after a step. Where rounding grows beyond that, as it does in a steep network: how many
-# times as far as PyTorch is from itself when its weights are moved by a rounding unit. Such growth differs by orders of
-# magnitude from one rounding to another, and wrong steps are off by more orders yet.
-TOLERANCE, NOISE = 1e-10, 1000.0
+# times as far as PyTorch is from itself when, before each step, every weight is moved by as many rounding units as its
+# layer adds up terms, which is what adding them one after the other may do.
+TOLERANCE, NOISE = 1e-10, 10.0
 # Where optax keeps what PyTorch calls otherwise.
 _BUFFERS = {
     "mu": ("exp_avg", "grad_avg"),

@@ -1,0 +1,172 @@
+"""Seconds until a training reaches 99 % of MNIST's test images, beside PyTorch eager and torch.compile; ten seeds.
+
+What counts: every training step (Adam, batches of 100), and the evaluation after each epoch. What does not: loading,
+and compiling. PyTorch has every image on its device too, and its fused Adam. Needs $JAXLOSS_DATA_DIR.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from tempfile import TemporaryDirectory
+from threading import Event
+from typing import Any, NamedTuple
+
+import jax
+import torch
+from rich.progress import track
+from rich.table import Table
+from torch.nn import functional as F  # noqa: N812
+
+from benchmarks.timing import PLATFORM, TORCH, wait
+from train import originals
+from train.config import ModelName, Recipe, RngName
+from train.data import Dataset, Split, load
+from train.loop import LOSSES, Learner
+
+GOAL, SEEDS = 0.99, range(10)
+RECIPES: dict[ModelName, Recipe] = {
+    "cnn": Recipe("adam", lr=1e-3, momentum=0.0, gamma=1.0, epochs=10, batch_size=100),
+    "net": Recipe("adam", lr=1e-3, momentum=0.0, gamma=1.0, epochs=30, batch_size=100),
+}
+DISPATCH = 1 if PLATFORM == "cpu" else 20
+EVALUATION_BATCH = 1000
+OURS, OURS_JAX, EAGER, COMPILED = "python -m train", "python -m train --rng jax", "PyTorch eager", "torch.compile"
+
+
+class Reached(NamedTuple):
+    """How a training went."""
+
+    seconds: float
+    epochs: int
+    accuracy: float  # after the last epoch
+    compiling: float  # seconds, before
+
+    @classmethod
+    def after(cls, accuracies: Any, compiling: float) -> "Reached":
+        """Takes accuracies, one an epoch, until one is good enough or there are no more."""
+        start, epochs, accuracy = time.perf_counter(), 0, 0.0
+        for accuracy in accuracies:
+            epochs += 1
+            if accuracy >= GOAL:
+                break
+        return cls(time.perf_counter() - start, epochs, accuracy, compiling)
+
+
+def ours(model: ModelName, data: Dataset, rng: RngName) -> Callable[[int], Reached]:
+    """Trains as the command does."""
+
+    def train(seed: int) -> Reached:
+        start = time.perf_counter()
+        learner = Learner(model, RECIPES[model], data, seed, rng, dispatch=DISPATCH)
+        compiling = time.perf_counter() - start
+        epochs = learner.epochs(Event(), lambda step, cost: None)
+        return Reached.after((epoch.validation.accuracy for epoch in epochs), compiling)
+
+    return train
+
+
+class TorchTraining:
+    """The same training in PyTorch, as one would write it for one device."""
+
+    def __init__(self, model: ModelName, data: Dataset, *, compiled: bool) -> None:
+        """Compiles once for all seeds, by training a little."""
+        self.model: ModelName = model
+        self.module = self.fresh(0)
+        self.loss = getattr(F, LOSSES[model].__name__)
+        self.train, self.test = (self.placed(split) for split in (data.train, data.test))
+        self.run = torch.compile(self.module, mode="reduce-overhead") if compiled else self.module
+        start = time.perf_counter()
+        few = tuple(part[: 20 * RECIPES[model].batch_size] for part in self.train)
+        for _ in range(2):
+            self.train_epoch(few, self.optimizer())
+            self.accuracy()
+        self.compiling = time.perf_counter() - start
+
+    def fresh(self, seed: int) -> torch.nn.Module:
+        """The original with its first weights."""
+        torch.manual_seed(seed)
+        return {"cnn": originals.CNN, "net": originals.Net}[self.model]().to(TORCH)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A new one."""
+        return torch.optim.Adam(self.module.parameters(), lr=RECIPES[self.model].lr, fused=True)
+
+    def placed(self, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels as the model sees them, and labels."""
+        images = torch.tensor(split.images, device=TORCH)[:, None].float() / 255
+        return (images - split.mean) / split.deviation, torch.tensor(split.labels, device=TORCH).long()
+
+    def train_epoch(self, split: tuple[torch.Tensor, ...], optimizer: torch.optim.Optimizer) -> None:
+        """In a new order."""
+        self.module.train()
+        images, labels = split
+        for rows in torch.randperm(len(labels)).to(TORCH).split(RECIPES[self.model].batch_size):
+            optimizer.zero_grad()
+            self.loss(self.run(images[rows]), labels[rows]).backward()
+            optimizer.step()
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """Of all test images."""
+        self.module.eval()
+        batches = zip(*(part.split(EVALUATION_BATCH) for part in self.test), strict=True)
+        correct = [(self.run(images).argmax(1) == labels).sum() for images, labels in batches]
+        return float(torch.stack(correct).sum()) / len(self.test[1])
+
+    def __call__(self, seed: int) -> Reached:
+        """Trains from the seed."""
+        self.module.load_state_dict(self.fresh(seed).state_dict())
+        optimizer = self.optimizer()
+        wait()
+
+        def accuracies() -> Any:
+            for _ in range(RECIPES[self.model].epochs):
+                self.train_epoch(self.train, optimizer)
+                yield self.accuracy()
+
+        return Reached.after(accuracies(), self.compiling)
+
+
+def measure(turns: int) -> list[dict[str, Any]]:
+    """A row for each model and implementation, with a figure for every seed; as many seeds as turns, at most ten."""
+    with (
+        TemporaryDirectory() as folder
+    ):  # the seeds after the first find the programs, as every start of the command does
+        jax.config.update("jax_compilation_cache_dir", folder)
+        return list(_measure(turns))
+
+
+def _measure(turns: int) -> Iterator[dict[str, Any]]:
+    data = load("mnist")
+    for model in RECIPES:
+        trainings = {
+            OURS: ours(model, data, "torch"),
+            OURS_JAX: ours(model, data, "jax"),
+            EAGER: TorchTraining(model, data, compiled=False),
+            COMPILED: TorchTraining(model, data, compiled=True),
+        }
+        reached: dict[str, list[Reached]] = {name: [] for name in trainings}
+        for seed in track(SEEDS[:turns], description=model, transient=True):
+            for name in random.sample(list(trainings), len(trainings)):
+                reached[name].append(trainings[name](seed))
+        for name, results in reached.items():
+            columns = dict(zip(Reached._fields, zip(*results, strict=True), strict=True))
+            yield {"model": model, "implementation": name} | columns
+
+
+def tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """Mean and standard deviation over the seeds."""
+    table = Table(
+        "model", "implementation", f"seeds at {GOAL:.0%}", "seconds", "epochs", "seconds / epoch", "compiling, s"
+    )
+    for row in rows:
+        seconds = row["seconds"]
+        good = sum(accuracy >= GOAL for accuracy in row["accuracy"])
+        spread = f"{statistics.mean(seconds):.2f} ± {statistics.stdev(seconds):.2f}"
+        per_epoch = f"{sum(seconds) / sum(row['epochs']):.3f}"
+        epochs, compiling = statistics.mean(row["epochs"]), f"{max(row['compiling']):.1f}"
+        table.add_row(
+            row["model"], row["implementation"], f"{good}/{len(seconds)}", spread, f"{epochs:.1f}", per_epoch, compiling
+        )
+    return [table]
