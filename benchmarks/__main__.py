@@ -6,9 +6,10 @@ Answers are compared before anything is timed. Needs the extra `test`.
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -43,11 +44,14 @@ def main() -> None:
         pin_malloc()
     console = Console()
     console.print(about())
-    rows = SUITES[options.suite].measure(options.turns)
+    file = options.json_dir and options.json_dir / f"{options.suite}-{PLATFORM}.json"
+    rows: list[dict[str, Any]] = []
+    with suppress(KeyboardInterrupt):  # what was measured until then is shown
+        for row in SUITES[options.suite].measure(options.turns):
+            rows.append(row)
+            if file:
+                file.write_text(json.dumps(about() | {"rows": rows}, indent=1) + "\n")
     console.print(*SUITES[options.suite].tables(rows))
-    if options.json_dir:
-        file = options.json_dir / f"{options.suite}-{PLATFORM}.json"
-        file.write_text(json.dumps(about() | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,12 @@ and compiling. PyTorch has every image on its device too, and its fused Adam. Ne
 """
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Any, NamedTuple
 
-import jax
+import numpy as np
 import torch
 from rich.progress import track
 from rich.table import Table
@@ -42,26 +40,25 @@ class Reached(NamedTuple):
     accuracy: float  # after the last epoch
     compiling: float  # seconds, before
 
-    @classmethod
-    def after(cls, accuracies: Any, compiling: float) -> "Reached":
-        """Takes accuracies, one an epoch, until one is good enough or there are no more."""
-        start, epochs, accuracy = time.perf_counter(), 0, 0.0
-        for accuracy in accuracies:
-            epochs += 1
-            if accuracy >= GOAL:
-                break
-        return cls(time.perf_counter() - start, epochs, accuracy, compiling)
+
+def reached(accuracies: Iterator[float], compiling: float) -> Reached:
+    """Takes accuracies, one an epoch, until one is good enough or there are no more."""
+    start, epochs, accuracy = time.perf_counter(), 0, 0.0
+    for accuracy in accuracies:
+        epochs += 1
+        if accuracy >= GOAL:
+            break
+    return Reached(time.perf_counter() - start, epochs, accuracy, compiling)
 
 
 def ours(model: ModelName, data: Dataset, rng: RngName) -> Callable[[int], Reached]:
-    """Trains as the command does."""
+    """Trains from a seed as the command does."""
+    learner = Learner(model, RECIPES[model], data, 0, rng, dispatch=DISPATCH)
 
     def train(seed: int) -> Reached:
-        start = time.perf_counter()
-        learner = Learner(model, RECIPES[model], data, seed, rng, dispatch=DISPATCH)
-        compiling = time.perf_counter() - start
+        learner.start(seed)
         epochs = learner.epochs(Event(), lambda step, cost: None)
-        return Reached.after((epoch.validation.accuracy for epoch in epochs), compiling)
+        return reached((epoch.validation.accuracy for epoch in epochs), learner.compile_seconds)
 
     return train
 
@@ -120,24 +117,16 @@ class TorchTraining:
         optimizer = self.optimizer()
         wait()
 
-        def accuracies() -> Any:
+        def accuracies() -> Iterator[float]:
             for _ in range(RECIPES[self.model].epochs):
                 self.train_epoch(self.train, optimizer)
                 yield self.accuracy()
 
-        return Reached.after(accuracies(), self.compiling)
+        return reached(accuracies(), self.compiling)
 
 
-def measure(turns: int) -> list[dict[str, Any]]:
-    """A row for each model and implementation, with a figure for every seed; as many seeds as turns, at most ten."""
-    with (
-        TemporaryDirectory() as folder
-    ):  # the seeds after the first find the programs, as every start of the command does
-        jax.config.update("jax_compilation_cache_dir", folder)
-        return list(_measure(turns))
-
-
-def _measure(turns: int) -> Iterator[dict[str, Any]]:
+def measure(turns: int) -> Iterator[dict[str, Any]]:
+    """A row for each model, seed and implementation; as many seeds as turns, at most ten."""
     data = load("mnist")
     for model in RECIPES:
         trainings = {
@@ -146,27 +135,24 @@ def _measure(turns: int) -> Iterator[dict[str, Any]]:
             EAGER: TorchTraining(model, data, compiled=False),
             COMPILED: TorchTraining(model, data, compiled=True),
         }
-        reached: dict[str, list[Reached]] = {name: [] for name in trainings}
         for seed in track(SEEDS[:turns], description=model, transient=True):
             for name in random.sample(list(trainings), len(trainings)):
-                reached[name].append(trainings[name](seed))
-        for name, results in reached.items():
-            columns = dict(zip(Reached._fields, zip(*results, strict=True), strict=True))
-            yield {"model": model, "implementation": name} | columns
+                yield {"model": model, "implementation": name, "seed": seed} | trainings[name](seed)._asdict()
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Table]:
     """Mean and standard deviation over the seeds."""
-    table = Table(
-        "model", "implementation", f"seeds at {GOAL:.0%}", "seconds", "epochs", "seconds / epoch", "compiling, s"
-    )
-    for row in rows:
-        seconds = row["seconds"]
-        good = sum(accuracy >= GOAL for accuracy in row["accuracy"])
-        spread = f"{statistics.mean(seconds):.2f} ± {statistics.stdev(seconds):.2f}"
-        per_epoch = f"{sum(seconds) / sum(row['epochs']):.3f}"
-        epochs, compiling = statistics.mean(row["epochs"]), f"{max(row['compiling']):.1f}"
+    head = ("model", "implementation", f"seeds at {GOAL:.0%}", "seconds", "epochs", "seconds / epoch", "compiling, s")
+    table = Table(*head)
+    for key in dict.fromkeys((row["model"], row["implementation"]) for row in rows):
+        some = [row for row in rows if (row["model"], row["implementation"]) == key]
+        seconds, epochs = ([row[of] for row in some] for of in ("seconds", "epochs"))
         table.add_row(
-            row["model"], row["implementation"], f"{good}/{len(seconds)}", spread, f"{epochs:.1f}", per_epoch, compiling
+            *key,
+            f"{sum(row['accuracy'] >= GOAL for row in some)}/{len(some)}",
+            f"{np.mean(seconds):.2f} ± {np.std(seconds, ddof=min(1, len(some) - 1)):.2f}",
+            f"{np.mean(epochs):.1f}",
+            f"{sum(seconds) / sum(epochs):.3f}",
+            f"{some[0]['compiling']:.1f}",
         )
     return [table]

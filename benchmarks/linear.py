@@ -1,6 +1,6 @@
 """linear_cross_entropy: time against the materialised logits and PyTorch, and what each holds in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -51,8 +51,8 @@ def implementations(shape: Shape, dtype: str) -> tuple[Calls, Calls]:
     """Calls that return the loss with its gradients to inputs and weight, and calls that return the loss."""
     tokens, features, classes = shape
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((tokens, features), np.float32)
-    w = rng.standard_normal((classes, features), np.float32) / np.float32(features**0.5)
+    x, w = (rng.standard_normal((rows, features), np.float32) for rows in (tokens, classes))
+    w /= features**0.5
     t = rng.integers(0, classes, tokens).astype(np.int32)
     arrays = [jnp.asarray(x, dtype), jnp.asarray(w, dtype), jnp.asarray(t)]
     leaves = [torch.tensor(a, device=TORCH).to(getattr(torch, dtype)).requires_grad_() for a in (x, w)]
@@ -84,18 +84,16 @@ def temporaries(shape: Shape) -> dict[str, int]:
     return {name: step.lower(x, w, t).compile().memory_analysis().temp_size_in_bytes for name, step in steps.items()}
 
 
-def measure(turns: int) -> list[dict[str, Any]]:
+def measure(turns: int) -> Iterator[dict[str, Any]]:
     """Times of some shapes (a tenth of the turns), and temporaries of several."""
-    rows = []
     for shape, dtype in TIMED:
         for kind, calls in zip(("value and gradients", "value"), implementations(shape, dtype), strict=True):
             first = assert_same_answers(calls, MATMUL if dtype == "float32" else dtype)
             times = medians(calls, max(turns // 10, 2))
             row = {"shape": shape, "dtype": dtype, "of": kind}
-            rows.append(row | {"first call, seconds": first, "milliseconds": times})
+            yield row | {"first call, seconds": first, "milliseconds": times}
     for shape in track(MEASURED, description="compiling linear", transient=True):
-        rows.append({"shape": shape, "of": "value and gradients", "temporaries": temporaries(shape)})
-    return rows
+        yield {"shape": shape, "of": "value and gradients", "temporaries": temporaries(shape)}
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Table]:

@@ -32,7 +32,7 @@ class Kind:
     jax: dict[str, Callable]
     targets: Literal["labels", "probabilities"] = "labels"
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    quantities: tuple[str, ...] = (VALUE, BOTH)
+    quantities: tuple[str, ...] = (BOTH, VALUE)
     compiled: bool = False
     confident: bool = False  # one row is
     log_probs: bool = False  # not any logits
@@ -54,7 +54,7 @@ def weights(classes: int) -> np.ndarray:
 
 
 def weighted(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """With three options."""
+    """With class weights, an ignored class and label smoothing."""
     return jaxloss.cross_entropy(logits, labels, weight=weights(logits.shape[-1]), **SMOOTHED)
 
 
@@ -66,11 +66,6 @@ def torch_weighted(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 LOSSES = {OURS: jaxloss.cross_entropy, OPTAX: optax_loss, PLAIN: lambda z, t: picked(jax.nn.log_softmax(z), t)}
 KINDS = {
-    "log_softmax": Kind(
-        lambda z, t: F.log_softmax(z, dim=1),
-        {OURS: lambda z, t: jaxloss.log_softmax(z), PLAIN: lambda z, t: jax.nn.log_softmax(z)},
-    ),
-    "nll_loss": Kind(F.nll_loss, {OURS: jaxloss.nll_loss, PLAIN: picked}, log_probs=True),
     "cross_entropy": Kind(F.cross_entropy, LOSSES, compiled=True),
     "cross_entropy, one confident row": Kind(
         F.cross_entropy, LOSSES, dtypes=("float32",), quantities=(BOTH,), confident=True
@@ -80,9 +75,12 @@ KINDS = {
         {OURS: jaxloss.cross_entropy, OPTAX: lambda z, t: jnp.mean(optax.softmax_cross_entropy(z, t))},
         "probabilities",
     ),
-    "cross_entropy, weight + ignore_index + label_smoothing": Kind(
-        torch_weighted, {OURS: weighted, BARE: jaxloss.cross_entropy}
+    "cross_entropy, three options": Kind(torch_weighted, {OURS: weighted, BARE: jaxloss.cross_entropy}),
+    "log_softmax": Kind(
+        lambda z, t: F.log_softmax(z, dim=1),
+        {OURS: lambda z, t: jaxloss.log_softmax(z), PLAIN: lambda z, t: jax.nn.log_softmax(z)},
     ),
+    "nll_loss": Kind(F.nll_loss, {OURS: jaxloss.nll_loss, PLAIN: picked}, log_probs=True),
 }
 
 
@@ -157,9 +155,8 @@ def outside_jit() -> Calls:
     return calls | {EAGER: lambda: [F.cross_entropy(leaf, long)]}
 
 
-def measure(turns: int) -> list[dict[str, Any]]:
+def measure(turns: int) -> Iterator[dict[str, Any]]:
     """Rows of the table: fewer turns from 1 million logits on."""
-    rows = []
     for name, quantity, dtype, shape in track(list(cases()), description="measuring losses", transient=True):
         calls = implementations(KINDS[name], quantity, dtype, shape)
         row = {"loss": name, "of": quantity, "dtype": dtype, "shape": shape}
@@ -169,11 +166,11 @@ def measure(turns: int) -> list[dict[str, Any]]:
         x, one_pass = jnp.asarray(examples(KINDS[name], shape)[0], dtype), jax.jit(function)
         calls[label] = lambda one_pass=one_pass, x=x: jax.block_until_ready(one_pass(x))
         few = max(turns // (1 if np.prod(shape) < 1e6 else 5 if np.prod(shape) < 1e8 else 10), 2)
-        rows.append(row | {"milliseconds": medians(calls, few)})
+        yield row | {"milliseconds": medians(calls, few)}
     calls = outside_jit()
     assert_same_answers(calls)
     row = {"loss": "cross_entropy", "of": "value, outside of jit", "dtype": "float32", "shape": (128, 10)}
-    return [*rows, row | {"milliseconds": medians(calls, turns)}]
+    yield row | {"milliseconds": medians(calls, turns)}
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Table]:

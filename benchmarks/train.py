@@ -4,7 +4,7 @@ Ours is a whole epoch: the order, dropout's masks and the reading of the totals 
 and 20 on an accelerator, which takes them in one dispatch; then everyone takes 20 steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from threading import Event
 from typing import Any
@@ -175,17 +175,15 @@ def whole_and_compiled(model: ModelName) -> Calls:
     return {EPOCH: whole, COMPILED: compiled}
 
 
-def measure(turns: int) -> list[dict[str, Any]]:
+def measure(turns: int) -> Iterator[dict[str, Any]]:
     """Times of every case, the larger ones of fewer turns."""
-    rows = []
     for model, batch in track(CASES, description="train", transient=True):
         steps, losses = implementations(model, batch)
         assert_same_answers(losses, MATMUL)
         times = medians(steps, max(turns * 32 // max(batch, 128), 3))
-        rows.append({"model": model, "batch": batch, "steps": STEPS, "milliseconds": times})
+        yield {"model": model, "batch": batch, "steps": STEPS, "milliseconds": times}
     for model in ("cnn", "net") if PLATFORM == "cpu" else ():
-        rows.append({"model": model, "milliseconds": medians(whole_and_compiled(model), max(turns // 8, 3))})
-    return rows
+        yield {"model": model, "milliseconds": medians(whole_and_compiled(model), max(turns // 8, 3))}
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Table]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from threading import Event
@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -76,6 +75,18 @@ def read(totals: Totals, steps: int, images: int, start: float) -> Phase:
     return Phase(steps, images, float(costs) / steps, float(losses) / images, int(correct) / images, seconds)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """A batch's mean loss among those of a dispatch, which is waited for when it is read: as a float."""
+
+    dispatch: Array
+    number: int
+
+    def __float__(self) -> float:
+        """Waits."""
+        return float(np.ravel(self.dispatch)[self.number])
+
+
 class Learner:
     """A model, its images on every device and its compiled programs, which divide each batch over the devices.
 
@@ -108,7 +119,9 @@ class Learner:
         """
         start = time.perf_counter()
         self.model: ModelName = model
-        self.recipe, self.random = recipe, RANDOMNESS[rng](model, seed)
+        self.loss = LOSSES[model]
+        self.rng: RngName = rng
+        self.recipe, self.dtype = recipe, dtype
         mesh = mesh or jax.make_mesh((1,), ("batch",), (AxisType.Auto,), devices=jax.devices()[:1])
         self.devices = mesh.size
         self._whole, self._divided = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), mesh.axis_names))
@@ -116,19 +129,22 @@ class Learner:
         self.batch_size = min(recipe.batch_size, len(data.train.labels))
         self.steps_per_epoch = math.ceil(len(data.train.labels) / self.batch_size)
         self.dispatch = min(dispatch, self.steps_per_epoch)
-        self.epoch, self.step, self.order = 1, 0, np.arange(len(data.train.labels))
-
-        self.loss = LOSSES[model]
-        self.module = self.random.module()
-        self.forward, params = functional(self.module)
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-        optimizer = make_optimizer(recipe, self.steps_per_epoch)
-        self.state = self.place(State(params, optimizer.init(params), zero_totals()))
-        self._compile(optimizer)
+        self._optimizer = make_optimizer(recipe, self.steps_per_epoch)
+        self.start(seed)
+        self._compile()
         self.compile_seconds = time.perf_counter() - start
 
-    def _compile(self, optimizer: optax.GradientTransformation) -> None:
+    def start(self, seed: int) -> None:
+        """Draw the first weights, and be at the beginning."""
+        self.random = RANDOMNESS[self.rng](self.model, seed)
+        self.epoch, self.step, self.order = 1, 0, np.arange(len(self.train.labels))
+        self.module = self.random.module()
+        self.forward, params = functional(self.module)
+        params = jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+        self.state = self.place(State(params, self._optimizer.init(params), zero_totals()))
+
+    def _compile(self) -> None:
         """The programs, for the shapes that every batch has."""
         alone = self.devices == 1 and jax.default_backend() == "cpu"
         self._calls = -(-self.batch_size // CALL) if alone and self.dispatch == 1 else 1
@@ -142,7 +158,7 @@ class Learner:
             return add_part(self.forward, self.loss, params, sums, split, divided(part), piece)
 
         def step(state: State, sums: Sums | None, split: Split, part: Part) -> tuple[State, Array]:
-            return training_step(optimizer, state, add(state.params, sums, split, part), part.count)
+            return training_step(self._optimizer, state, add(state.params, sums, split, part), part.count)
 
         def steps(state: State, split: Split, parts: Part) -> tuple[State, Array]:
             return jax.lax.scan(lambda state, part: step(state, None, split, part), state, parts)
@@ -181,7 +197,7 @@ class Learner:
         """In all epochs."""
         return (self.epoch - 1) * self.steps_per_epoch + self.step
 
-    def epochs(self, stop: Event, on_step: Callable[[int, Array], None]) -> Iterator[Epoch]:
+    def epochs(self, stop: Event, on_step: Callable[[int, Cost], None]) -> Iterator[Epoch]:
         """Train and evaluate, epoch by epoch, until all are done or ``stop`` is set."""
         while self.epoch <= self.recipe.epochs:  # the notes' range(epochs + 1) trained one too many
             number = self.epoch
@@ -195,18 +211,18 @@ class Learner:
             if stop.is_set():
                 return
 
-    def train_epoch(self, stop: Event, on_step: Callable[[int, Array], None]) -> Phase:
+    def train_epoch(self, stop: Event, on_step: Callable[[int, Cost], None]) -> Phase:
         """Every training image that is left of the epoch; after at least one dispatch, ``stop`` ends it early."""
         start = time.perf_counter()
         if not self.step:
             self.order = self.random.order(self.epoch, len(self.train.labels))
             self.state = self.state._replace(totals=zero_totals())
-        batches, costs = self._batches(self.order), [jnp.zeros(())]
+        batches, costs = self._batches(self.order), jnp.zeros(())
         while self.step < len(batches):
-            costs = self._advance(batches[self.step :], costs[-1])
-            for cost in costs:
+            costs = self._advance(batches[self.step :], costs)
+            for number in range(costs.size):
                 self.step += 1
-                on_step(self.step, cost)
+                on_step(self.step, Cost(costs, number))
             if stop.is_set():
                 break
         return read(self.state.totals, self.step, min(self.step * self.batch_size, len(self.order)), start)
@@ -214,7 +230,7 @@ class Learner:
     def _batches(self, order: np.ndarray) -> np.ndarray:
         return batched(order, self.batch_size, self.devices * self._calls)
 
-    def _advance(self, batches: np.ndarray, last: Array) -> Sequence[Array]:
+    def _advance(self, batches: np.ndarray, last: Array) -> Array:
         """One dispatch of the next steps, which begins at a multiple of its length, or a single step; their costs.
 
         It waits for the last one's, so that progress and Ctrl-C are true; what the next takes is drawn in the meantime.
@@ -223,14 +239,14 @@ class Learner:
             parts = [part for rows in batches[: self.dispatch] for part in self._parts(rows)]
             last.block_until_ready()
             self.state, costs = self._steps(self.state, self.train, jax.tree.map(lambda *each: np.stack(each), *parts))
-            return list(costs)
+            return costs
         *parts, final = self._parts(batches[0])
         last.block_until_ready()
         sums = self._no_sums
         for part in parts:
             sums = self._add(self.state.params, sums, self.train, part)
         self.state, cost = self._step(self.state, sums, self.train, final)
-        return [cost]
+        return cost
 
     def _parts(self, rows: np.ndarray) -> list[Part]:
         """A batch in as many parts as it takes calls; dropout's masks are drawn for its images alone."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from jax import Array
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -13,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train.config import ModelName
-from train.loop import Epoch, Learner
+from train.loop import Cost, Epoch, Learner
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Monitor:
         """Take it away."""
         self.progress.stop()
 
-    def step(self, step: int, cost: Array) -> None:
+    def step(self, step: int, cost: Cost) -> None:
         """Count a step."""
         self.progress.advance(self.task)
         if self.log_interval and step % self.log_interval == 0:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import flax
 import jax
 import optax
-from jax import Array
 from rich.console import Console
 from safetensors.numpy import save_file
 
@@ -26,7 +25,7 @@ from train.config import Config, UserError
 from train.data import Dataset, load
 from train.devices import join, make_mesh, watched
 from train.html import save_report
-from train.loop import Epoch, Learner
+from train.loop import Cost, Epoch, Learner
 from train.plots import save_confusion, save_curves
 from train.report import Monitor, Result, table
 
@@ -88,7 +87,7 @@ def _train(learner: Learner, config: Config, folder: Path | None, interrupted: E
             _record(folder / learner.model, epochs, mode="w")
     with Monitor(console, learner, config.log_interval) as monitor:
 
-        def on_step(step: int, cost: Array) -> None:
+        def on_step(step: int, cost: Cost) -> None:
             monitor.step(step, cost)
             within = step < learner.steps_per_epoch  # else after the evaluation
             if folder and checkpoints and within and learner.steps_done % config.checkpoint_every == 0:
