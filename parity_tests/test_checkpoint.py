@@ -1,11 +1,9 @@
 """A training that is killed at any moment and resumed ends as if nothing had happened, bit for bit."""
 
 import json
-import os
 import random
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import cache
@@ -19,13 +17,13 @@ import pytest
 from flax import nnx
 from hypothesis import settings
 
+from parity_tests.commands import start_training
 from train.__main__ import main
 from train.checkpoint import Checkpoints
 from train.config import Config, RngName
 from train.data import load
 from train.loop import Epoch, Learner, Phase
 
-ROOT = Path(__file__).parents[1]
 FLAGS = ("--devices", "1", "--model", "net", "--epochs", "2", "--checkpoint-every", "8", "--save-model")
 KILLS = 20 if settings.default.max_examples > 1000 else 3
 
@@ -48,14 +46,6 @@ def restored(run: Path, rng: RngName = "torch") -> Learner:
     Checkpoints(run / "net" / "checkpoints").restore(learner)
     assert learner.epoch
     return learner
-
-
-def start(*arguments: str | Path, limit: str = "") -> subprocess.Popen[str]:
-    """The command as a process of its own, with one device as the tests' own process has not."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    python = [sys.executable, "-m", "train", *map(str, arguments)]
-    command = ["bash", "-c", f'{limit} exec "$@"', "bash", *python]
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def kill_after_a_new_checkpoint(process: subprocess.Popen[str], run: Path, delay: float) -> None:
@@ -91,14 +81,14 @@ def assert_ended_alike(ours: Path, theirs: Path, rng: RngName = "torch") -> None
 def test_killed_and_resumed_run_ends_bit_for_bit_alike(tmp_path: Path) -> None:
     """All in processes of their own: the tests' own process compiles otherwise, and rounds otherwise."""
     whole, killed, delays = tmp_path / "whole", tmp_path / "killed", random.Random(0)
-    reference = start(*FLAGS, "--out", whole)
+    reference = start_training(*FLAGS, "--out", whole)
     output = reference.communicate()
     assert reference.returncode == 0, output
     arguments: tuple[str | Path, ...] = (*FLAGS, "--out", killed)
     for _ in range(KILLS):
-        kill_after_a_new_checkpoint(start(*arguments), killed, delays.uniform(0, 0.4))
+        kill_after_a_new_checkpoint(start_training(*arguments), killed, delays.uniform(0, 0.4))
         arguments = ("--resume", killed)
-    last = start(*arguments)
+    last = start_training(*arguments)
     output = last.communicate()
     assert last.returncode == 0, output
     assert_ended_alike(killed, whole)
@@ -177,7 +167,7 @@ def test_what_is_no_run_or_has_no_checkpoints_is_refused(tmp_path: Path, capsys:
 
 def test_full_disk_ends_with_a_message_and_leaves_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:
     last = copied(whole, tmp_path, newest=False)
-    process = start("--resume", tmp_path, limit="ulimit -f 64;")
+    process = start_training("--resume", tmp_path, limit="ulimit -f 64;")
     _, error = process.communicate(timeout=120)
     assert process.returncode == 1, error
     assert error.startswith("error: no checkpoint could be written")

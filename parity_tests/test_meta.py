@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import jaxloss
+from benchmarks import accuracy
 from benchmarks.linear import CHUNKED, EAGER, SLABS, WHOLE
 from benchmarks.timing import ratio
 from benchmarks.train import OURS as TRAIN
@@ -252,8 +253,8 @@ def readme_part(name: str) -> str:
     return (ROOT / "README.md").read_text().split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
 
 
-def committed(suite: str) -> list[dict]:
-    return json.loads((ROOT / f"benchmarks/results/{suite}-cpu.json").read_text())["rows"]
+def committed(suite: str, platform: str = "cpu") -> list[dict]:
+    return json.loads((ROOT / f"benchmarks/results/{suite}-{platform}.json").read_text())["rows"]
 
 
 def test_readme_speeds_are_those_of_the_committed_results():
@@ -283,6 +284,33 @@ def test_readme_memory_and_time_of_linear_cross_entropy_are_those_of_the_committ
     ratios = [ratio(t, SLABS, peer) for t in times for peer in (WHOLE, EAGER, CHUNKED)]
     assert len(ratios) == 6
     assert re.findall(r"\d+\.\d+", readme_part("time")) == ratios
+
+
+def test_readme_gpu_speeds_are_those_of_the_committed_results():
+    rows = committed("losses", "gpu")
+    lines = readme_part("gpu").strip().splitlines()[2:]
+    for line, single, half in zip(lines, rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True):
+        assert (single["dtype"], half["dtype"], single["shape"]) == ("float32", "bfloat16", half["shape"])
+        assert {row["loss"] + row["of"] for row in (single, half)} == {"cross_entropyvalue and gradient"}
+        cells = [" x ".join(map(str, single["shape"]))]
+        for peer in ("optax", EAGER, "torch.compile"):
+            cells.append("{} ({})".format(*(ratio(r["milliseconds"], "jaxloss", peer) for r in (single, half))))
+        assert line == f"| {' | '.join(cells)} |"
+    timed = [row for row in committed("linear", "gpu") if "milliseconds" in row]
+    times = [row["milliseconds"] for row in timed if row["of"] == "value and gradients"]
+    expected = [ratio(t, SLABS, peer) for t in times for peer in (WHOLE, EAGER, "torch.compile")]
+    assert re.findall(r"\d+\.\d+", readme_part("gpu-time")) == expected
+
+
+def test_readme_seconds_to_an_accuracy_are_those_of_the_committed_results():
+    (table,) = accuracy.tables(committed("accuracy", "gpu"))
+    _, names, reached, seconds, _, per_epoch, compiling = (list(column.cells) for column in table.columns)
+    expected = {
+        name: [time, count.replace("/", " of "), epoch, compile_time]
+        for name, time, count, epoch, compile_time in zip(names, seconds, reached, per_epoch, compiling, strict=True)
+    }
+    lines = [line.strip("| ").split(" | ") for line in readme_part("accuracy").strip().splitlines()[2:]]
+    assert {name.strip("`"): cells for name, *cells in lines} == expected
 
 
 def test_readme_training_speeds_are_those_of_the_committed_results():

@@ -1,12 +1,8 @@
 """Two real processes on loopback, with gloo collectives, give the single-process answer."""
 
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from parity_tests.commands import start_python
 
 
 def free_port() -> int:
@@ -16,19 +12,13 @@ def free_port() -> int:
 
 
 def test_linear_cross_entropy_over_two_processes():
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "parity_tests.two_processes", str(free_port())]
-    processes = [
-        subprocess.Popen(
-            [*command, str(i)], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for i in range(2)
-    ]
+    port = str(free_port())
+    processes = [start_python("-m", "parity_tests.two_processes", port, str(i)) for i in range(2)]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        outputs = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-        assert output.count("equal") == 6, output
+    for process, (output, error) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output + error
+        assert output.count("equal") == 6, output + error

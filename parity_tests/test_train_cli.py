@@ -4,11 +4,7 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,28 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from parity_tests.commands import start_python, start_training
 from parity_tests.test_train_data import NEEDS_DATA, Capture
 from train import originals
 from train.__main__ import main
 from train.config import RECIPES, Config
 from train.data import load
 
-ROOT = Path(__file__).parents[1]
 PICTURES = ("curves.png", "confusion.png")
-
-
-def start(
-    *arguments: str | Path,
-    cwd: Path,
-    program: tuple[str, ...] = ("-m", "train"),
-    environment: Mapping[str, str] = MappingProxyType({}),
-) -> subprocess.Popen[str]:
-    """The command in a process of its own, as a user has it: one device, no data folder."""
-    hidden = ("XLA_FLAGS", "JAXLOSS_DATA_DIR")
-    env = {name: value for name, value in os.environ.items() if name not in hidden}
-    env |= {"PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, *program, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -45,7 +27,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_default_run_reaches_95_percent_with_both_models(tmp_path: Path) -> None:
-    process = start(cwd=tmp_path)
+    process = start_training(cwd=tmp_path)
     out, err = process.communicate()
     assert (process.returncode, err) == (0, "")
     (folder,) = (tmp_path / "runs").iterdir()
@@ -65,7 +47,7 @@ def test_default_run_reaches_95_percent_with_both_models(tmp_path: Path) -> None
 
 
 def test_ctrl_c_saves_and_reports_what_was_learned(tmp_path: Path) -> None:
-    process = start("--epochs", "2000", "--out", "run", cwd=tmp_path)
+    process = start_training("--epochs", "2000", "--out", "run", cwd=tmp_path)
     assert process.stdout
     lines = [process.stdout.readline() for _ in range(3)]
     process.send_signal(signal.SIGINT)
@@ -82,7 +64,7 @@ def test_ctrl_c_saves_and_reports_what_was_learned(tmp_path: Path) -> None:
 
 
 def test_second_ctrl_c_ends_at_once_without_traceback(tmp_path: Path) -> None:
-    process = start("--model", "net", "--epochs", "5000", cwd=tmp_path)
+    process = start_training("--model", "net", "--epochs", "5000", cwd=tmp_path)
     assert process.stdout
     assert "nll_loss" in process.stdout.readline()
     assert process.stdout.readline().startswith("[training]")
@@ -95,7 +77,7 @@ def test_second_ctrl_c_ends_at_once_without_traceback(tmp_path: Path) -> None:
 
 
 def test_closed_pipe_ends_without_traceback(tmp_path: Path) -> None:
-    with start("--model", "net", "--epochs", "5000", cwd=tmp_path) as process:
+    with start_training("--model", "net", "--epochs", "5000", cwd=tmp_path) as process:
         assert process.stdout
         assert process.stderr
         assert "nll_loss" in process.stdout.readline()
@@ -109,8 +91,7 @@ def test_training_loads_no_torch_and_the_second_start_finds_the_programs_of_the_
     outputs, programs = [], []
     for run in ("first", "second"):
         command = ("--model", "net", "--epochs", "1", "--save-model", "--out", run)
-        environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-        process = start(*command, cwd=tmp_path, program=("-c", code), environment=environment)
+        process = start_python("-c", code, *command, cwd=tmp_path, cache=tmp_path / "cache")
         out, err = process.communicate()
         assert (process.returncode, err) == (0, "")
         outputs.append(out)
@@ -269,7 +250,7 @@ REAL = {
 def test_real_mnist_reaches_the_target(tmp_path: Path, model: str, command: str, target: float) -> None:
     folder = os.environ["JAXLOSS_DATA_DIR"]
     command = f"--data mnist --data-dir {folder} --model {model} {command} --out {tmp_path}"
-    process = start(*command.split(), cwd=tmp_path)  # compiled as for users
+    process = start_training(*command.split(), cwd=tmp_path)  # compiled as for users
     output = process.communicate()
     assert process.returncode == 0, output
     last = rows(tmp_path / model)[-1]

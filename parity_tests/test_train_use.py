@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy.special import softmax
 
+from parity_tests.commands import ROOT
 from parity_tests.gates import assert_errors_within_ratio, assert_identical
-from parity_tests.test_train_cli import ROOT, rows
+from parity_tests.test_train_cli import rows
 from parity_tests.test_train_data import Capture, write_files
 from train import evaluate, export, originals, predict
 from train.__main__ import main
