@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from jaxloss.parity._compare import widen
 from jaxloss.parity._layout import Layout, Shape
 
 WORST = 10  # elements that are kept
@@ -49,18 +48,23 @@ class Detail:
     def of(
         cls, ours: np.ndarray, theirs: np.ndarray, layout: Layout, exact: np.ndarray | None = None
     ) -> "Detail | None":
-        """Of two arrays in Flax's layout, and the exact one if there is one; None if their shapes differ."""
-        if ours.shape != theirs.shape or not ours.size:
+        """Of two arrays in Flax's layout, and the exact one if there is one.
+
+        None if their shapes differ, and of complex numbers.
+        """
+        if ours.shape != theirs.shape or not ours.size or np.iscomplexobj(ours) or np.iscomplexobj(theirs):
             return None
         unit = _unit(theirs if exact is None else exact, theirs.dtype)
         mine, others = np.zeros(LAST + 1, np.int64), np.zeros(LAST + 1, np.int64)
         worst: list[tuple[float, int]] = []  # minus the error, and where
-        for start, x, y, z in _chunks(ours, theirs, exact):
-            errors = _errors(x, y if z is None else z) / unit
+        start = 0
+        for x, true in zip(_parts(ours), _parts(theirs if exact is None else exact), strict=True):
+            errors = _errors(x, true, unit)
             mine += _count(errors)
-            if z is not None:
-                others += _count(_errors(y, z) / unit)
             worst = _worst(worst, errors, start)
+            start += x.size
+        if exact is not None:
+            others += sum(_count(_errors(*parts, unit)) for parts in zip(_parts(theirs), _parts(exact), strict=True))
         elements = (_element(where, -error, ours, theirs, layout, exact) for error, where in worst)
         return cls(unit, _trimmed(mine), _trimmed(others), tuple(elements))
 
@@ -73,31 +77,25 @@ def bin_end(index: int) -> float:
 def _unit(reference: np.ndarray, dtype: np.dtype) -> float:
     if not jnp.issubdtype(dtype, jnp.floating):
         return 1.0
-    kind, flat = jnp.finfo(dtype), reference.ravel()
-    finite = np.isfinite(flat)
-    scale = float(np.linalg.norm(widen(flat[finite]))) / max(int(finite.sum()), 1) ** 0.5
-    largest = 2.0 ** math.floor(math.log2(scale)) if scale else 1.0
+    kind, squares, count = jnp.finfo(dtype), 0.0, 0
+    for part in _parts(reference):
+        finite = part[np.isfinite(part)]
+        squares, count = squares + float(finite @ finite), count + finite.size
+    largest = 2.0 ** math.floor(math.log2(squares / count) / 2) if 0 < squares < math.inf else 1.0
     return max(float(kind.eps) * largest, float(kind.smallest_subnormal))
 
 
-def _chunks(
-    ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray | None
-) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray | None]]:
-    """Parts of the flat arrays in float64, each with where it starts."""
-    x, y, z = ours.ravel(), theirs.ravel(), None if exact is None else exact.ravel()
-    for start in range(0, x.size, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        yield start, _float64(x[part]), _float64(y[part]), None if z is None else _float64(z[part])
+def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Of the flat array, in float64."""
+    rows = max(1, _CHUNK * len(array) // array.size) if array.ndim else 1
+    blocks = np.atleast_1d(array)  # not the flat array: it is a copy where the axes are permuted
+    return (blocks[start : start + rows].ravel().astype(np.float64) for start in range(0, len(blocks), rows))
 
 
-def _float64(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float64)
-
-
-def _errors(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Absolute; 0 where both are the same NaN or infinity, infinite where only one is."""
+def _errors(x: np.ndarray, reference: np.ndarray, unit: float) -> np.ndarray:
+    """Absolute, in units; 0 where both are the same NaN or infinity, infinite where only one is."""
     with np.errstate(invalid="ignore", over="ignore"):
-        errors = np.abs(x - reference)
+        errors = np.abs(x - reference) / unit
     same = (x == reference) | (np.isnan(x) & np.isnan(reference))
     return np.where(same, 0.0, np.where(np.isnan(errors), np.inf, errors))
 

@@ -73,9 +73,8 @@ def compare_steps(findings: Findings, subject: Subject, optimizers: Optimizers |
     theirs, ours = optimizers or (None, optax.adam(1e-3))
     expected = torch_steps(subject, "float64", theirs, steps, moving)
     kind = type(theirs) if theirs is not None else torch.optim.Adam
-    mine = list(flax_steps(view, subject.values(), ours, expected.masks, set(names.values())))
-
     noise = torch_steps(subject, "float64", theirs, steps, moving, nudge=True).sketches
+    mine = list(flax_steps(view, subject.values(), ours, expected.masks, set(names.values())))
     findings.background.steps["float64"] = [
         StepDistance(*distances, allowed=max(TOLERANCE, NOISE * distances[1] if step else 0.0))
         for step, distances in enumerate(_distances(mine, noise, expected.sketches))
@@ -88,7 +87,7 @@ def compare_steps(findings: Findings, subject: Subject, optimizers: Optimizers |
                 if name in counterparts:
                     far = relative(counterparts[name], array) > TOLERANCE
                     tolerance = NOISE * relative(noise[step][quantity][name], array) if far and step else 0.0
-                    finding = findings.add(
+                    findings.add(
                         f"step {step + 1}",
                         f"{quantity} of {name}" if quantity else name,
                         counterparts[name],
@@ -98,10 +97,17 @@ def compare_steps(findings: Findings, subject: Subject, optimizers: Optimizers |
                         may_be_constant=True,
                         may_be_zero=bool(quantity),
                     )
-                    layout = view.port.weights[name].layout
-                    if not finding.ok and array.shape == layout.shape:  # no image: its elements mean something
-                        finding.detail = Detail.of(counterparts[name], array, layout)
+    _look_closer(findings, view)
     return expected
+
+
+def _look_closer(findings: Findings, view: View) -> None:
+    """Looks at the elements of what differs after the first step that differs: the later ones follow from it."""
+    failed = [failure for failure in findings.failures if failure.finding.place.startswith("step ")]
+    for failure in (each for each in failed if each.finding.place == failed[0].finding.place):
+        layout = view.port.weights[failure.finding.quantity.rpartition(" of ")[2]].layout
+        if failure.theirs.shape == layout.shape:  # no image of a larger array
+            failure.finding.detail = Detail.of(failure.ours, failure.theirs, layout)
 
 
 def _distances(mine: list[Sketches], theirs: list[Sketches], exact: list[Sketches]) -> Iterator[tuple[float, float]]:
