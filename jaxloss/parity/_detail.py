@@ -80,7 +80,8 @@ def _unit(reference: np.ndarray, dtype: np.dtype) -> float:
     kind, squares, count = jnp.finfo(dtype), 0.0, 0
     for part in _parts(reference):
         finite = part[np.isfinite(part)]
-        squares, count = squares + float(finite @ finite), count + finite.size
+        with np.errstate(over="ignore"):
+            squares, count = squares + float(finite @ finite), count + finite.size
     largest = 2.0 ** math.floor(math.log2(squares / count) / 2) if 0 < squares < math.inf else 1.0
     return max(float(kind.eps) * largest, float(kind.smallest_subnormal))
 

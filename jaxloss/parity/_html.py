@@ -162,7 +162,7 @@ def _chart(dtype: str, steps: Sequence[StepDistance]) -> dict[str, Any]:
     low, high = math.floor(min(logs)), max(math.ceil(max(logs)), math.floor(min(logs)) + 1)
 
     def height(x: float) -> float:
-        return (math.log10(x) - low) / (high - low) if 0 < x < math.inf else float(not x == 0)
+        return (math.log10(x) - low) / (high - low) if 0 < x < math.inf else float(x != 0)
 
     across = [i / max(len(steps) - 1, 1) for i in range(len(steps))]
     each = -(-(high - low) // 5)
@@ -200,4 +200,5 @@ def _times(ratio: float) -> str:
         return "not finite"
     if ratio == 0:
         return "exact"
-    return f"{ratio:.1f}×" if 0.05 <= ratio < 10 else f"{ratio:,.0f}×" if 10 <= ratio < 1e5 else f"{_number(ratio)}×"
+    digits = f"{ratio:.1f}" if 0.05 <= ratio < 10 else f"{ratio:,.0f}" if 10 <= ratio < 1e5 else _number(ratio)
+    return f"{digits}\N{MULTIPLICATION SIGN}"

@@ -20,8 +20,8 @@ def save_junit(report: Report, path: Path) -> None:
     seconds = f"{report.background.seconds:.3f}"
     name = _legal(f"parity of {report.background.name}".removesuffix(" of "))
     counts = {"tests": str(len(cases) + 1), "failures": str(failures), "errors": "0", "time": seconds}
-    root = ET.Element("testsuites", name="jaxloss.parity", **counts)
-    suite = ET.SubElement(root, "testsuite", name=name, skipped="0", **counts)
+    root = ET.Element("testsuites", {"name": "jaxloss.parity", **counts})
+    suite = ET.SubElement(root, "testsuite", {"name": name, "skipped": "0", **counts})
     properties = ET.SubElement(suite, "properties")
     for key, value in report.background.environment.items():
         ET.SubElement(properties, "property", name=_legal(key), value=_legal(value))

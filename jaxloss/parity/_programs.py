@@ -70,7 +70,9 @@ class Programs:
 
     def _free_loss(self, parameters: Arrays, inputs: Any, statistics: Arrays, masks: Any) -> Any:
         result, after, tape = self.port.run({**parameters, **statistics}, inputs, lambda: Free(self.port.layers, masks))
-        arrived, outputs = ({pair.ours: seen[pair.ours] for pair in self.pairs} for seen in (tape.arrived, tape.outputs))
+        arrived, outputs = (
+            {pair.ours: seen[pair.ours] for pair in self.pairs} for seen in (tape.arrived, tape.outputs)
+        )
         return self.batch.flax_objective(result), (result, after, arrived, outputs)
 
     def cut(self, values: Arrays, recording: Recording) -> CutRun:
