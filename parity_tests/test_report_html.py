@@ -30,6 +30,7 @@ HOSTILE = (
     '" onmouseover="ran = 1" x=\'',
     "</script><script>ran = 1</script>",
     "<img src=x onerror='ran = 1'>",
+    "step 1",  # as the report calls the optimizer's
 )
 
 
@@ -280,6 +281,15 @@ def test_report_without_a_verdict_is_a_page_too(tmp_path):
     parity.Report([Finding("fc", "bias", "", np.inf, 0.0, problem="is \ud800 odd")]).to_html(tmp_path / "one.html")
     assert "Nothing can be said" in (tmp_path / "nothing.html").read_text(encoding="utf-8")
     assert "is \\ud800 odd" in (tmp_path / "one.html").read_text(encoding="utf-8")
+
+
+def test_first_difference_in_a_step_is_linked(tmp_path):
+    right = report("right")
+    wrong = [replace(f, error=1.0) if f.place == "step 2" else f for f in right.findings]
+    replace(right, findings=wrong).to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count('id="first"') == 1
+    assert page.index('id="first"') > page.index('id="steps"')
 
 
 def test_report_keeps_each_layers_errors_alone_and_in_the_network():

@@ -66,14 +66,15 @@ def save_page(report: Report, path: Path) -> None:
     )
     environment.filters |= {"number": _number, "times": _times, "power": _power}
     style, script = ((_FOLDER / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    places, dtypes = report.places(), _dtypes(report)
+    rows, dtypes = _rows(report), _dtypes(report)
+    tabled = {row.place for row in rows}
     page = environment.get_template("report.html.jinja").render(
         report=report,
         first=report.first_divergence,
         name=report.background.name or "The port",
         differ=len(list(report.failures())),
-        rows=_rows(report),
-        steps={place: findings for place, findings in places.items() if place.startswith("step ")},
+        rows=rows,
+        steps={place: findings for place, findings in report.places().items() if place not in tabled},
         charts=[_chart(dtype, steps) for dtype, steps in report.background.steps.items() if steps],
         dtypes=dtypes,
         shown=_shown(report, dtypes),
@@ -109,7 +110,7 @@ def _rows(report: Report) -> list[Row]:
     first = report.first_divergence
     rows = []
     for place in dict.fromkeys([*stages, *places]):
-        if not place.startswith("step "):
+        if place in stages or not place.startswith("step "):
             stage = stages.get(place)
             forced, free = ([_measure(*item) for item in each.items()] for each in _errors_of(stage))
             rows.append(Row(place, places.get(place, []), stage, forced, free, bool(first and first.place == place)))

@@ -1,6 +1,6 @@
 """Training steps: first all of PyTorch's, then all of the port's, so that memory holds one of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import torch
 from jaxloss.parity._background import StepDistance
 from jaxloss.parity._compare import relative
 from jaxloss.parity._detail import Detail
-from jaxloss.parity._findings import Findings
+from jaxloss.parity._findings import Failure, Findings
 from jaxloss.parity._port import Arrays
 from jaxloss.parity._state_dict import to_numpy
 from jaxloss.parity._subject import Subject, View
@@ -75,6 +75,7 @@ def compare_steps(findings: Findings, subject: Subject, optimizers: Optimizers |
     kind = type(theirs) if theirs is not None else torch.optim.Adam
     noise = torch_steps(subject, "float64", theirs, steps, moving, nudge=True).sketches
     mine = list(flax_steps(view, subject.values(), ours, expected.masks, set(names.values())))
+    failed = len(findings.failures)
     findings.background.steps["float64"] = [
         StepDistance(*distances, allowed=max(TOLERANCE, NOISE * distances[1] if step else 0.0))
         for step, distances in enumerate(_distances(mine, noise, expected.sketches))
@@ -97,14 +98,13 @@ def compare_steps(findings: Findings, subject: Subject, optimizers: Optimizers |
                         may_be_constant=True,
                         may_be_zero=bool(quantity),
                     )
-    _look_closer(findings, view)
+    _look_closer(findings.failures[failed:], view)
     return expected
 
 
-def _look_closer(findings: Findings, view: View) -> None:
+def _look_closer(failures: Sequence[Failure], view: View) -> None:
     """Looks at the elements of what differs after the first step that differs: the later ones follow from it."""
-    failed = [failure for failure in findings.failures if failure.finding.place.startswith("step ")]
-    for failure in (each for each in failed if each.finding.place == failed[0].finding.place):
+    for failure in (each for each in failures if each.finding.place == failures[0].finding.place):
         layout = view.port.weights[failure.finding.quantity.rpartition(" of ")[2]].layout
         if failure.theirs.shape == layout.shape:  # no image of a larger array
             failure.finding.detail = Detail.of(failure.ours, failure.theirs, layout)
