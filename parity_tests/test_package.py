@@ -34,6 +34,7 @@ def test_wheel_ships_jaxloss_alone(wheel):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"jaxloss"}
     assert "jaxloss/py.typed" in names
     assert "jaxloss/parity/weights.py" in names
+    assert {f"jaxloss/parity/templates/report.{kind}" for kind in ("html.jinja", "css", "js")} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -70,9 +71,12 @@ QUICK = ("--batch", "batch.npz", "--steps", "1", "--dtypes", "float64")
 
 
 def test_equal_models_exit_0_and_the_report_is_written(folder, monkeypatch, capsys):
-    assert run(monkeypatch, "check", "pair:original", "pair:port", *QUICK, "--json", "out.json") == 0
+    files = "--json", "out.json", "--html", "out.html", "--junit", "out.xml"
+    assert run(monkeypatch, "check", "pair:original", "pair:port", *QUICK, *files) == 0
     assert capsys.readouterr().out.startswith("ok: ")
     assert json.loads((folder / "out.json").read_text())["ok"] is True
+    assert "Agrees with PyTorch" in (folder / "out.html").read_text()
+    assert ElementTree.parse(folder / "out.xml").getroot().get("failures") == "0"
 
 
 def test_buffers_to_ignore_and_names_can_be_given(folder, monkeypatch, capsys):

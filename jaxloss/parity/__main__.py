@@ -33,6 +33,10 @@ class Check:
 with 4-D ones transposed, those as flax_NAME"""
     json: Path | None = None
     """write the report here too"""
+    html: Path | None = None
+    """write it as a page"""
+    junit: Path | None = None
+    """write it as JUnit XML, for CI systems"""
     loss: Literal["cross_entropy", "nll_loss", "none"] = "cross_entropy"
     """what the outputs are for"""
     names: dict[str, str] = field(default_factory=dict)
@@ -75,6 +79,10 @@ with 4-D ones transposed, those as flax_NAME"""
             )
         if self.json is not None:
             report.to_json(self.json)
+        if self.html is not None:
+            report.to_html(self.html)
+        if self.junit is not None:
+            report.to_junit(self.junit)
         console.print(report if console.is_terminal else str(report), markup=False, soft_wrap=True, highlight=False)
         return 0 if report.ok else 1
 

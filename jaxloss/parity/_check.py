@@ -1,5 +1,6 @@
 """Whether a Flax port computes what its PyTorch original does, and the first place where it does not."""
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,13 +11,18 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
+from jaxloss.parity._background import Errors
 from jaxloss.parity._batch import Batch, Losses
 from jaxloss.parity._compare import SMALL, Rounding, relative
+from jaxloss.parity._detail import Detail
 from jaxloss.parity._diagnosis import diagnose
-from jaxloss.parity._findings import Findings
+from jaxloss.parity._environment import environment
+from jaxloss.parity._findings import FLOAT64_TOLERANCE, Findings
+from jaxloss.parity._layout import Layout, same
 from jaxloss.parity._original import Recording
 from jaxloss.parity._programs import CutRun, FreeRun
 from jaxloss.parity._report import Report
+from jaxloss.parity._stages import stages, weight_pairs
 from jaxloss.parity._steps import Optimizers, compare_steps, tell_steps
 from jaxloss.parity._subject import Subject, View
 
@@ -75,7 +81,7 @@ def check(
         progress: called with the name of each stage as it begins.
 
     Returns:
-        The report: `ok`, `first_divergence`, one line per place when printed, `to_json`.
+        The report: `ok`, `first_divergence`, one line per place when printed, `to_json`, `to_html`, `to_junit`.
 
     Raises:
         TypeError: a module returns something other than one array.
@@ -95,6 +101,7 @@ def check(
     References:
         The list of what ports get wrong, each found by a test: `parity_tests/faults.md`.
     """
+    started = time.perf_counter()
     batch = Batch(torch_batch, flax_batch, losses, seed)
     findings = Findings()
     with jax.enable_x64(True):
@@ -102,6 +109,8 @@ def check(
         subject = Subject(torch_module, flax_module, batch, train, seed, layouts or {}, names, ignore)
         exact = subject.exact
         findings.notes += batch.notes
+        findings.background.name, findings.background.stages = subject.name, stages(subject)
+        findings.background.weights = list(weight_pairs(subject))
         _unmatched(findings, subject)
         progress("layers and edges in float64")
         cut = exact.programs.cut(subject.values(), exact.recording)
@@ -122,8 +131,16 @@ def check(
             _compare_rounding(findings, subject, rough, dtype)
             progress(f"optimizer steps in {dtype}")
             tell_steps(findings, subject, rough, optimizers, exact_steps)
+    findings.background.environment = environment()
+    findings.background.seconds = time.perf_counter() - started
     return Report(
-        findings.all, findings.notes, subject.weight_pairs, findings.noise, findings.controls, not subject.copied
+        findings.all,
+        findings.notes,
+        subject.weight_pairs,
+        findings.noise,
+        findings.controls,
+        not subject.copied,
+        findings.background,
     )
 
 
@@ -156,9 +173,9 @@ def _compare_weights(findings: Findings, subject: Subject, layer: str) -> None:
     for ours, theirs in subject.weight_pairs.items():
         name, _, kind = ours.rpartition(".")
         if name == layer and not subject.copied:
-            expected = subject.exact.port.weights[ours].layout.to_flax(subject.exact.state[theirs])
-            place = subject.place_of(layer)
-            findings.add(place, kind, subject.value(ours), expected, tolerance=0.0, may_be_constant=True)
+            layout = subject.exact.port.weights[ours].layout
+            expected, place = layout.to_flax(subject.exact.state[theirs]), subject.place_of(layer)
+            findings.add(place, kind, subject.value(ours), expected, layout, tolerance=0.0, may_be_constant=True)
 
 
 class Piece(NamedTuple):
@@ -168,32 +185,43 @@ class Piece(NamedTuple):
     quantity: str
     ours: jax.Array
     theirs: np.ndarray  # in Flax's layout
+    layout: Layout
+
+
+def _forward(subject: Subject, run: CutRun | FreeRun, recording: Recording) -> Iterator[Piece]:
+    """What arrives at every layer over an edge, what it returns, and what the network returns."""
+    places, calls = subject.places, {call.key: call for call in recording.calls}
+    for place, pair in zip(places, subject.pairs, strict=False):
+        call, name = calls[pair.theirs], subject.title(pair)
+        inputs = zip(run.arrived[pair.ours], pair.inputs_to_flax(call.inputs), pair.inputs, strict=True)
+        for ours, theirs, layout in inputs:
+            yield Piece(place, f"input of {name}", ours, theirs, layout)
+        yield Piece(name, "output", run.outputs[pair.ours], pair.output.to_flax(call.output), pair.output)
+    assert subject.batch.layout is not None
+    result = subject.output_to_flax(recording.outputs)
+    yield Piece(places[-1], "output", run.result, result, subject.batch.layout)
 
 
 def _pieces(subject: Subject, view: View, cut: CutRun, recording: Recording) -> Iterator[Piece]:
     """Every layer and every edge by itself: forward in order, then backward."""
     places, calls = subject.places, {call.key: call for call in recording.calls}
-    for place, pair in zip(places, subject.pairs, strict=False):
-        call, name = calls[pair.theirs], subject.title(pair)
-        for ours, theirs in zip(cut.arrived[pair.ours], pair.inputs_to_flax(call.inputs), strict=True):
-            yield Piece(place, f"input of {name}", ours, theirs)
-        yield Piece(name, "output", cut.outputs[pair.ours], pair.output.to_flax(call.output))
-    yield Piece(places[-1], "output", cut.result, subject.output_to_flax(recording.outputs))
+    yield from _forward(subject, cut, recording)
     for i, pair in reversed(list(enumerate(subject.pairs))):
         call, name = calls[pair.theirs], subject.title(pair)
         if call.output_gradient is not None:
             expected = pair.output.to_flax(call.output_gradient)
-            yield Piece(places[i + 1], f"gradient of output of {name}", cut.output_gradients[pair.ours], expected)
+            what, ours = f"gradient of output of {name}", cut.output_gradients[pair.ours]
+            yield Piece(places[i + 1], what, ours, expected, pair.output)
         gradients = zip(cut.layer_gradients[pair.ours], call.input_gradients, pair.inputs, strict=True)
         for ours, theirs, layout in gradients:
             if theirs is not None:
-                yield Piece(name, "gradient of input", ours, layout.to_flax(theirs))
+                yield Piece(name, "gradient of input", ours, layout.to_flax(theirs), layout)
         if pair.ours[1] == 0:
             yield from _parameter_gradients(subject, view, cut, recording, pair.ours[0], name)
     layouts = subject.batch.input_layouts()
     for ours, theirs, layout in zip(cut.input_gradients, recording.input_gradients, layouts, strict=True):
         if theirs is not None:
-            yield Piece(places[0], "gradient of the input", ours, layout.to_flax(theirs))
+            yield Piece(places[0], "gradient of the input", ours, layout.to_flax(theirs), layout)
 
 
 def _parameter_gradients(
@@ -201,8 +229,9 @@ def _parameter_gradients(
 ) -> Iterator[Piece]:
     for ours, theirs in subject.parameter_pairs(layer):
         kind = ours if layer is None else ours.rpartition(".")[2]
-        expected = view.port.weights[ours].layout.to_flax(recording.parameter_gradients[theirs])
-        yield Piece(place, f"gradient of {kind}", run.parameter_gradients[ours], expected)
+        layout = view.port.weights[ours].layout
+        expected = layout.to_flax(recording.parameter_gradients[theirs])
+        yield Piece(place, f"gradient of {kind}", run.parameter_gradients[ours], expected, layout)
 
 
 def _compare_pieces(findings: Findings, subject: Subject, view: View, cut: CutRun) -> None:
@@ -221,7 +250,9 @@ def _compare_pieces(findings: Findings, subject: Subject, view: View, cut: CutRu
         if layer is not None and layer not in seen:
             seen.add(layer)
             _compare_weights(findings, subject, layer)
-        findings.add(*piece, may_be_constant=piece.quantity.removeprefix("input of ") in again or piece.place in again)
+        constant = piece.quantity.removeprefix("input of ") in again or piece.place in again
+        found = findings.add(*piece, may_be_constant=constant)
+        findings.background.tell_forced(piece.place, "float64", Errors(found.error, found.bound))
     _compare_loss(findings, subject, view)
     recording = view.recording
     for piece in pieces[last + 1 :]:
@@ -236,8 +267,9 @@ def _compare_loss(findings: Findings, subject: Subject, view: View) -> None:
     """The loss alone, on the original's outputs."""
     outputs = view.port.cast(subject.output_to_flax(view.recording.outputs))
     value, gradient = jax.value_and_grad(subject.batch.flax_objective)(outputs)
-    findings.add("loss", "value", value, view.recording.loss)
-    findings.add("loss", "gradient", gradient, subject.output_to_flax(view.recording.output_gradient))
+    findings.add("loss", "value", value, view.recording.loss, same(()))
+    expected = subject.output_to_flax(view.recording.output_gradient)
+    findings.add("loss", "gradient", gradient, expected, subject.batch.layout)
 
 
 def _compare_statistics(findings: Findings, subject: Subject, view: View, cut: CutRun) -> None:
@@ -246,22 +278,34 @@ def _compare_statistics(findings: Findings, subject: Subject, view: View, cut: C
         theirs = subject.weight_pairs.get(ours)
         if subject.train and theirs in view.recording.buffers:
             layer, _, kind = ours.rpartition(".")
-            expected = view.port.weights[ours].layout.to_flax(view.recording.buffers[theirs])
-            findings.add(subject.place_of(layer), f"{kind} after a step", value, expected, may_be_constant=True)
+            layout = view.port.weights[ours].layout
+            expected, place = layout.to_flax(view.recording.buffers[theirs]), subject.place_of(layer)
+            findings.add(place, f"{kind} after a step", value, expected, layout, may_be_constant=True)
 
 
 def _compare_whole(findings: Findings, subject: Subject, view: View, free: FreeRun) -> None:
     """The network from end to end, where errors accumulate."""
     recording, place = view.recording, "whole network"
-    findings.add(place, "output", free.result, subject.output_to_flax(recording.outputs))
-    findings.add(place, "loss", free.loss, recording.loss)
+    findings.add(place, "output", free.result, subject.output_to_flax(recording.outputs), subject.batch.layout)
+    findings.add(place, "loss", free.loss, recording.loss, same(()))
+    _tell_free(findings, subject, view, free)
     for piece in _parameter_gradients(subject, view, free, recording, None, place):
         findings.add(*piece, floor=recording.gradient_floor, may_be_zero=True)
     inputs = zip(free.input_gradients, recording.input_gradients, subject.batch.input_layouts(), strict=True)
     for ours, theirs, layout in inputs:
         if theirs is not None:
             what, floor = "gradient of the input", recording.activation_floor
-            findings.add(place, what, ours, layout.to_flax(theirs), floor=floor, may_be_zero=True)
+            findings.add(place, what, ours, layout.to_flax(theirs), layout, floor=floor, may_be_zero=True)
+
+
+def _tell_free(findings: Findings, subject: Subject, view: View, free: FreeRun) -> None:
+    """How the errors of layers and edges add up from the input on; in other dtypes than float64 beside PyTorch's."""
+    dtype = jnp.dtype(view.port.dtype).name
+    true = _forward(subject, free, subject.exact.recording)
+    for piece, exact in zip(_forward(subject, free, view.recording), true, strict=True):
+        if jnp.issubdtype(piece.theirs.dtype, jnp.floating):
+            own = FLOAT64_TOLERANCE if view is subject.exact else relative(piece.theirs, exact.theirs)
+            findings.background.tell_free(piece.place, dtype, Errors(relative(piece.ours, exact.theirs), own))
 
 
 def _compare_rounding(findings: Findings, subject: Subject, rough: View, dtype: str) -> None:
@@ -285,16 +329,21 @@ def _compare_rounding(findings: Findings, subject: Subject, rough: View, dtype: 
     ):
         if (piece.place, piece.quantity) in negligible or not jnp.issubdtype(piece.theirs.dtype, jnp.floating):
             continue
-        rounding = Rounding.of(piece.ours, piece.theirs, np.asarray(truth.ours))
+        true = np.asarray(truth.ours)
+        rounding = Rounding.of(piece.ours, piece.theirs, true)
+        if piece.quantity == "output" or piece.quantity.startswith("input of "):
+            findings.background.tell_forced(piece.place, dtype, Errors(rounding.ours, rounding.theirs))
         if piece.theirs.size < SMALL and not rounding.problem:
             small.append(rounding)
         else:
-            findings.add_rounding(piece.place, piece.quantity, dtype, rounding)
+            detail = Detail.of(np.asarray(piece.ours), piece.theirs, piece.layout, true)
+            findings.add_rounding(piece.place, piece.quantity, dtype, rounding, detail)
     if small:
         findings.add_rounding("tensors of fewer than 1000 elements", "all together", dtype, Rounding.pooled(small))
     del cut, oracle
     with jax.enable_x64(False):
         free = rough.programs.free(values, rough.recording.masks)
+    _tell_free(findings, subject, rough, free)
     theirs, true = subject.output_to_flax(rough.recording.outputs), subject.output_to_flax(exact.recording.outputs)
     findings.noise[f"output ({dtype})"] = relative(free.result, true), relative(theirs, true)
     for ours, name in subject.parameter_pairs():

@@ -1,6 +1,5 @@
 """What on a machine can make equal programs differ."""
 
-import importlib.metadata
 import os
 from collections.abc import Iterator
 
@@ -9,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from jaxloss.parity._environment import PACKAGES, version
+
 Row = tuple[str, str, str]  # what, how it is here, what that means
 
 
 def examine() -> Iterator[Row]:
     """One row for each thing worth knowing."""
-    for package in ("jax", "jaxlib", "flax", "optax", "torch", "numpy"):
-        yield package, _version(package), ""
+    for package in PACKAGES:
+        yield package, version(package), ""
     yield "device", f"{jax.default_backend()} / {'cuda' if torch.cuda.is_available() else 'cpu'}", "JAX's / PyTorch's"
     x64 = jnp.zeros(0).dtype == jnp.float64
     yield (
@@ -36,13 +37,6 @@ def examine() -> Iterator[Row]:
 
 
 _ALIAS = "an in-place PyTorch optimizer then changes JAX's array; jnp.array copies"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _matmul() -> Iterator[Row]:

@@ -5,7 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxloss.parity._background import Background
 from jaxloss.parity._compare import Outcome, Rounding, compare, mutants
+from jaxloss.parity._detail import Detail
+from jaxloss.parity._layout import Layout
 
 FLOAT64_TOLERANCE = 1e-12
 SAMPLE = 2**18  # elements of a large array that are compared again, wrong
@@ -25,6 +28,7 @@ class Finding:
     kind: str = ""  # semantic, precision, layout, scale or localised, if it failed
     diagnosis: str = ""  # one sentence
     fix: str = ""
+    detail: Detail | None = None  # element by element; None of what has no elements in both, or only an image of them
 
     @property
     def ok(self) -> bool:
@@ -67,6 +71,7 @@ class Findings:
         self.notes: list[str] = []
         self.noise: dict[str, tuple[float, float]] = {}
         self.controls = (0, 0)  # wrong arrays refused, of how many
+        self.background = Background()
 
     def add(
         self,
@@ -74,6 +79,7 @@ class Findings:
         quantity: str,
         ours: Any,
         theirs: np.ndarray,
+        layout: Layout | None = None,
         *,
         tolerance: float = FLOAT64_TOLERANCE,
         floor: float = 0.0,
@@ -81,6 +87,8 @@ class Findings:
         may_be_zero: bool = False,
     ) -> Finding:
         """Compares two float64 arrays, and if they agree, wrong versions of ours as well.
+
+        With a layout, which leads from them to PyTorch's, their elements are looked at.
 
         Where zero is a possible result, what is zero but for rounding is only held to be that, and says nothing.
         """
@@ -94,6 +102,7 @@ class Findings:
         negligible = bool(np.linalg.norm(theirs) <= 100 * floor) if may_be_zero else False
         dtype = str(ours.dtype)
         finding = Finding(place, quantity, dtype, result.error, result.bound, result.problem, negligible)
+        finding.detail = Detail.of(ours, theirs, layout) if layout else None
         self.all.append(finding)
         if not finding.ok:
             self.failures.append(Failure(finding, ours, theirs))
@@ -105,9 +114,12 @@ class Findings:
             self.controls = self.controls[0] + caught, self.controls[1] + len(wrong)
         return finding
 
-    def add_rounding(self, place: str, quantity: str, dtype: str, rounding: Rounding) -> None:
+    def add_rounding(
+        self, place: str, quantity: str, dtype: str, rounding: Rounding, detail: Detail | None = None
+    ) -> None:
         """Judges an error against float64."""
-        self.all.append(Finding(place, quantity, dtype, rounding.ours, rounding.bound, problem=rounding.problem))
+        finding = Finding(place, quantity, dtype, rounding.ours, rounding.bound, rounding.problem, detail=detail)
+        self.all.append(finding)
 
     def fail(self, place: str, quantity: str, problem: str) -> None:
         """Notes what cannot be compared."""

@@ -26,6 +26,14 @@ class Layout:
         permuted = array.reshape([self.split[axis] for axis in self.order])
         return self._flipped(permuted.transpose(np.argsort(self.order))).reshape(self.shape)
 
+    def torch_index(self, index: Shape) -> Shape:
+        """Where in PyTorch's array an element of Flax's is."""
+        split = np.unravel_index(np.ravel_multi_index(index, self.shape), self.split) if self.shape else ()
+        split = [self.split[axis] - 1 - int(i) if axis in self.flip else int(i) for axis, i in enumerate(split)]
+        moved, sizes = ([values[axis] for axis in self.order] for values in (split, self.split))
+        flat = np.ravel_multi_index(moved, sizes) if sizes else 0
+        return tuple(int(i) for i in np.unravel_index(flat, self.merged))
+
     def _flipped(self, array: np.ndarray) -> np.ndarray:
         return np.flip(array, self.flip) if self.flip else array  # np.flip makes a 0-D array a scalar
 

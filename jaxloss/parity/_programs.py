@@ -36,6 +36,8 @@ class FreeRun:
     loss: jax.Array
     result: jax.Array
     statistics: Arrays
+    arrived: dict[Call, list[jax.Array]]
+    outputs: dict[Call, jax.Array]
     parameter_gradients: Arrays
     input_gradients: list[Any]
 
@@ -67,8 +69,11 @@ class Programs:
         return FreeRun(loss, *aux, *gradients)
 
     def _free_loss(self, parameters: Arrays, inputs: Any, statistics: Arrays, masks: Any) -> Any:
-        result, after, _ = self.port.run({**parameters, **statistics}, inputs, lambda: Free(self.port.layers, masks))
-        return self.batch.flax_objective(result), (result, after)
+        result, after, tape = self.port.run({**parameters, **statistics}, inputs, lambda: Free(self.port.layers, masks))
+        arrived, outputs = (
+            {pair.ours: seen[pair.ours] for pair in self.pairs} for seen in (tape.arrived, tape.outputs)
+        )
+        return self.batch.flax_objective(result), (result, after, arrived, outputs)
 
     def cut(self, values: Arrays, recording: Recording) -> CutRun:
         """Forward and backward of every layer and edge from the original's inputs, outputs and gradients."""

@@ -1,4 +1,4 @@
-"""What a check found: printed, and as JSON."""
+"""What a check found: printed, as JSON, as a page and for CI systems."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import numpy as np
 from rich.text import Text
 from rich.tree import Tree
 
+from jaxloss.parity._background import Background
 from jaxloss.parity._findings import Finding
 
 
@@ -24,6 +25,7 @@ class Report:
     noise: dict[str, tuple[float, float]] = field(default_factory=dict)  # float32 - float64: the port's, PyTorch's
     controls: tuple[int, int] = (0, 0)  # wrong arrays refused, of how many
     weights_compared: bool = True  # otherwise PyTorch's were copied
+    background: Background = field(default_factory=Background)
 
     @property
     def ok(self) -> bool:
@@ -100,31 +102,56 @@ class Report:
 
         Numbers that JSON does not have (NaN and infinities) become null.
         """
+        first = self.first_divergence
         content = {
             "ok": self.ok,
-            "first_divergence": _plain(self.first_divergence),
-            "findings": [_plain(finding) for finding in self.findings],
+            "first_divergence": first and _with_verdict(first),
+            "findings": [_with_verdict(finding) for finding in self.findings],
             "notes": self.notes,
             "weight_map": self.weight_map,
-            "noise": {name: [_finite(x) for x in pair] for name, pair in self.noise.items()},
+            "noise": self.noise,
             "weights_compared": self.weights_compared,
             "controls": {"caught": self.controls[0], "planted": self.controls[1]},
-            "minimum_detectable": _finite(self.minimum_detectable),
+            "minimum_detectable": self.minimum_detectable,
+            **asdict(self.background),
         }
+        content = _plain(content)
         if path is not None:
             Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
         return content
 
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report as one page, complete without a network or scripts.
 
-def _plain(finding: Finding | None) -> dict[str, Any] | None:
-    if finding is None:
-        return None
-    values = asdict(finding) | {"ok": finding.ok}
-    return values | {"error": _finite(finding.error), "bound": _finite(finding.bound)}
+        It holds the verdict, the first divergence and its fix; every layer and edge with its error alone and in the
+        network; of every tensor the worst elements and a histogram of errors in units of rounding (one unit in the
+        last place of a number as large as the tensor's root mean square, in the dtype of the comparison); the
+        optimizer's steps; the weights; and the versions.
+        """
+        from jaxloss.parity._html import save_page  # here, because only this needs Jinja
+
+        save_page(self, Path(path))
+
+    def to_junit(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report as JUnit XML, one test case per place, as GitHub, GitLab and Jenkins read it."""
+        from jaxloss.parity._junit import save_junit
+
+        save_junit(self, Path(path))
 
 
-def _finite(x: float) -> float | None:
-    return float(x) if np.isfinite(x) else None
+def _with_verdict(finding: Finding) -> dict[str, Any]:
+    return asdict(finding) | {"ok": finding.ok}
+
+
+def _plain(value: Any) -> Any:
+    """The same in what JSON has."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return float(value) if np.isfinite(value) else None
+    return value
 
 
 def _mark(findings: Sequence[Finding]) -> str:

@@ -1,7 +1,6 @@
 """Training steps: first all of PyTorch's, then all of the port's, so that memory holds one of them."""
 
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +9,10 @@ import numpy as np
 import optax
 import torch
 
+from jaxloss.parity._background import StepDistance
 from jaxloss.parity._compare import relative
-from jaxloss.parity._findings import Findings
+from jaxloss.parity._detail import Detail
+from jaxloss.parity._findings import Failure, Findings
 from jaxloss.parity._port import Arrays
 from jaxloss.parity._state_dict import to_numpy
 from jaxloss.parity._subject import Subject, View
@@ -72,12 +73,13 @@ def compare_steps(findings: Findings, subject: Subject, optimizers: Optimizers |
     theirs, ours = optimizers or (None, optax.adam(1e-3))
     expected = torch_steps(subject, "float64", theirs, steps, moving)
     kind = type(theirs) if theirs is not None else torch.optim.Adam
+    noise = torch_steps(subject, "float64", theirs, steps, moving, nudge=True).sketches
     mine = list(flax_steps(view, subject.values(), ours, expected.masks, set(names.values())))
-
-    @cache
-    def noise() -> list[Sketches]:
-        return torch_steps(subject, "float64", theirs, steps, moving, nudge=True).sketches
-
+    failed = len(findings.failures)
+    findings.background.steps["float64"] = [
+        StepDistance(*distances, allowed=max(TOLERANCE, NOISE * distances[1] if step else 0.0))
+        for step, distances in enumerate(_distances(mine, noise, expected.sketches))
+    ]
     for step, found in enumerate(mine):
         for quantity, arrays in expected.sketches[step].items():
             counterparts = _counterpart(quantity, found, kind)
@@ -85,7 +87,7 @@ def compare_steps(findings: Findings, subject: Subject, optimizers: Optimizers |
             for name, array in arrays.items():
                 if name in counterparts:
                     far = relative(counterparts[name], array) > TOLERANCE
-                    tolerance = NOISE * relative(noise()[step][quantity][name], array) if far and step else 0.0
+                    tolerance = NOISE * relative(noise[step][quantity][name], array) if far and step else 0.0
                     findings.add(
                         f"step {step + 1}",
                         f"{quantity} of {name}" if quantity else name,
@@ -96,13 +98,31 @@ def compare_steps(findings: Findings, subject: Subject, optimizers: Optimizers |
                         may_be_constant=True,
                         may_be_zero=bool(quantity),
                     )
+    _look_closer(findings.failures[failed:], view)
     return expected
+
+
+def _look_closer(failures: Sequence[Failure], view: View) -> None:
+    """Looks at the elements of what differs after the first step that differs: the later ones follow from it."""
+    for failure in (each for each in failures if each.finding.place == failures[0].finding.place):
+        layout = view.port.weights[failure.finding.quantity.rpartition(" of ")[2]].layout
+        if failure.theirs.shape == layout.shape:  # no image of a larger array
+            failure.finding.detail = Detail.of(failure.ours, failure.theirs, layout)
+
+
+def _distances(mine: list[Sketches], theirs: list[Sketches], exact: list[Sketches]) -> Iterator[tuple[float, float]]:
+    """How far both are from the exact parameters after each step, all that move together."""
+    for runs in zip(mine, theirs, exact, strict=True):
+        names = runs[-1][""]
+        if names:
+            ours, others, true = (np.concatenate([run[""][name].ravel() for name in names]) for run in runs)
+            yield relative(ours, true), relative(others, true)
 
 
 def tell_steps(
     findings: Findings, subject: Subject, view: View, optimizers: Optimizers | None, exact: Trajectory | None
 ) -> None:
-    """Adds how far both are from float64 after the last step in another dtype: not judged, for errors grow."""
+    """Adds how far both are from float64 after each step in another dtype: not judged, for errors grow."""
     if exact is None or not exact.sketches[-1][""]:
         return
     torch_optimizer, optax_optimizer = optimizers or (None, optax.adam(1e-3))
@@ -111,12 +131,10 @@ def tell_steps(
     dtype = jnp.dtype(view.port.dtype).name
     found = torch_steps(subject, dtype, torch_optimizer, len(exact.masks), moving)
     with jax.enable_x64(False):
-        *_, mine = flax_steps(view, subject.rounded(view), optax_optimizer, found.masks, set(names.values()))
-    true, others, own = (
-        np.concatenate([run[""][name].ravel() for name in moving.values()])
-        for run in (exact.sketches[-1], found.sketches[-1], mine)
-    )
-    findings.noise[f"parameters after {len(exact.masks)} steps ({dtype})"] = relative(own, true), relative(others, true)
+        mine = list(flax_steps(view, subject.rounded(view), optax_optimizer, found.masks, set(names.values())))
+    distances = list(_distances(mine, found.sketches, exact.sketches))
+    findings.background.steps[dtype] = [StepDistance(*pair, allowed=None) for pair in distances]
+    findings.noise[f"parameters after {len(exact.masks)} steps ({dtype})"] = distances[-1]
 
 
 def torch_steps(
