@@ -53,7 +53,7 @@ class FlaxAttention(nnx.Module):
         x = self.embed(tokens)
         y = self.norm(x)
         scores = jnp.einsum("bqd,bkd->bqk", self.query(y), self.key(y)) * self.scale
-        return self.head(x + nnx.softmax(scores) @ self.value(y))[:, -1]
+        return self.head((x + nnx.softmax(scores) @ self.value(y))[:, -1])
 
 
 PORTS = {"images": FlaxImages, "attention": FlaxAttention}

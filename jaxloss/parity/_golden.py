@@ -57,13 +57,13 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray], manifest: str) -> None:
     """Writes the arrays and the manifest, and signs them."""
     from safetensors.numpy import save_file
 
+    mode = path.stat().st_mode
     save_file(dict(arrays), path, {_KEY: manifest})
+    path.chmod(mode)  # safetensors lets nobody else read it
     with path.open("r+b") as file:
         header = _read_header(path)
-        start = len(header[: header.index(_UNSIGNED.encode())]) + 8
-        digest = _digest(path, header)
-        file.seek(start)
-        file.write(digest.encode())
+        file.seek(8 + header.index(_UNSIGNED.encode()))
+        file.write(_digest(path, header).encode())
         file.flush()
         os.fsync(file.fileno())
 
