@@ -22,6 +22,7 @@ import jaxloss
 from jaxloss import parity
 from jaxloss.parity import _golden
 from jaxloss.parity.__main__ import main
+from jaxloss.parity._live import Live
 from parity_tests.without_torch import PORTS, port
 from parity_tests.zoo import randomise
 
@@ -167,6 +168,26 @@ def test_replay_equals_check_with(case, tmp_path):
     replayed = parity.replay(tmp_path / "file", ours, **given)
     assert replayed.ok, str(replayed)
     same(replayed, parity.check(module, ours, inputs, given.get("flax_batch"), **theirs, **options))
+
+
+def test_torchs_own_noise_is_recorded(tmp_path, monkeypatch):
+    take_steps = Live._take_steps
+    module, ours = small()
+    inputs, late = torch.randn(5, 4), optax.sgd(lambda count: 0.1 + 1e-8 * (count > 0))
+
+    def replay(noise: float) -> parity.Report:
+        def noisy(live: Live, dtype: str, *, nudge: bool) -> Any:
+            found, masks = take_steps(live, dtype, nudge=nudge)
+            scale = 1 + noise * nudge
+            return [{k: {n: a * scale for n, a in each.items()} for k, each in s.items()} for s in found], masks
+
+        monkeypatch.setattr(Live, "_take_steps", noisy)
+        sgd = torch.optim.SGD(module.parameters(), lr=0.1)
+        parity.record(tmp_path / "file", module, inputs, optimizer=sgd, steps=2, dtypes=["float64"])
+        return parity.replay(tmp_path / "file", ours, optimizer=late)
+
+    assert replay(1e-8).ok
+    assert replay(0.0).first_divergence.place == "step 2"
 
 
 def test_counterparts_that_are_not_known_are_asked_for(tmp_path):

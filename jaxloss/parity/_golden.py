@@ -125,7 +125,6 @@ def _pack_source(
         "notes": list(source.notes),
         "modules": {name: facts._asdict() for name, facts in source.modules.items()},
         "inputs": arrays.pack(source.inputs, "inputs"),
-        "shapes": source.state.shapes,
         "tied": source.state.tied,
         "state": state,
         "recordings": recordings,
@@ -155,18 +154,19 @@ def _pack_mask(mask: np.ndarray) -> dict[str, Any]:
     return {"shape": mask.shape, "bits": np.packbits(mask)}
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Source, list[str], dict[str, str]]:
-    """A recorded source, the dtypes that it was recorded in, and the versions that recorded it.
+def read(path: str | os.PathLike[str]) -> tuple[Source, list[str], str]:
+    """A recorded source, the dtypes that it was recorded in, and the version of PyTorch that it was recorded with.
 
     Raises:
         ValueError: the file is none, of another version, cut off, changed, or lacks an array.
     """
     path = Path(path)
     manifest, names = _read_manifest(path)
+    if missing := sorted(set(_references(manifest)) - names):
+        raise ValueError(f"{path} lacks the array {missing[0]}: record it anew.")
+    reader = _Reader(path, manifest)
     with _well_formed(path):
-        if missing := sorted(set(_references(manifest)) - names):
-            raise ValueError(f"{path} lacks the array {missing[0]}: record it anew.")
-        return _Reader(path, manifest).source(), list(manifest["recordings"]), dict(manifest["versions"])
+        return reader.source(), list(manifest["recordings"]), str(manifest["versions"]["torch"])
 
 
 def _read_manifest(path: Path) -> tuple[dict[str, Any], set[str]]:
@@ -224,7 +224,7 @@ def _well_formed(path: Path) -> Iterator[None]:
     """Turns what is raised where a manifest is not what it should be into a line."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} has a manifest that is not a golden file's ({what}): record it anew.") from error
 
@@ -244,12 +244,12 @@ class _Reader:
     def source(self) -> Source:
         """The original."""
         found = self._manifest
-        references = found["state"]
-        shapes = {name: tuple(shape) for name, shape in found["shapes"].items()}
+        arrays = {name: reference[_ARRAY] for name, reference in found["state"].items()}
+        shapes = {name: tuple(self._file.get_slice(array).get_shape()) for name, array in arrays.items()}
         return Source(
             **{name: found[name] for name in _PLAIN},
             modules={name: ModuleFacts(**facts) for name, facts in found["modules"].items()},
-            state=State(shapes, lambda name: self._unpack(references[name]), found["tied"]),
+            state=State(shapes, lambda name: self._file.get_tensor(arrays[name]), found["tied"]),
             inputs=self._unpack(found["inputs"]),
             notes=list(found["notes"]),
             storages={},
@@ -293,5 +293,5 @@ class _Reader:
 def _unpack_mask(mask: dict[str, Any]) -> np.ndarray:
     size = int(np.prod(mask["shape"]))
     if mask["bits"].size != -(-size // 8):
-        raise TypeError("a mask has another size than its bits")
+        raise ValueError("a mask has another size than its bits")
     return np.unpackbits(mask["bits"], count=size).astype(bool).reshape(mask["shape"])

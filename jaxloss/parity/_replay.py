@@ -76,7 +76,7 @@ def replay(
     References:
         The list of what ports get wrong, each found by a test: `parity_tests/faults.md`.
     """
-    source, dtypes, versions = read(path)
+    source, dtypes, torch_version = read(path)
     loss, optimizer = _loss(path, source, loss), _optimizer(path, source, optimizer)
     report = judge(
         source,
@@ -91,7 +91,7 @@ def replay(
         ask=_nothing,
         progress=progress,
     )
-    report.notes.append(f"PyTorch is that of {path}: recorded with torch {versions['torch']}.")
+    report.notes.append(f"PyTorch is that of {path}: recorded with torch {torch_version}.")
     if not report.ok:
         report.notes.append(
             "A golden file holds no PyTorch to ask for the reason: check can say more where there is one."
