@@ -214,6 +214,14 @@ def test_file_is_the_same_twice_and_holds_what_it_needs_once(folder, tmp_path):
     assert (tmp_path / "again").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
+def test_arrays_of_the_same_bytes_and_another_kind_are_kept_apart():
+    arrays = _golden._Arrays()
+    different = np.zeros(4), np.zeros((2, 2)), np.zeros(4, np.int64)
+    references = arrays.pack([*different, np.zeros(4)], "a")
+    assert references == [{"$array": f"a/{i}"} for i in (0, 1, 2, 0)]
+    assert list(arrays.named) == ["a/0", "a/1", "a/2"]
+
+
 def test_file_is_written_whole_or_not_at_all(tmp_path):
     class Broken(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
