@@ -159,9 +159,10 @@ def record(
         >>> import tempfile, torch
         >>> from flax import nnx
         >>> from jaxloss import parity
-        >>> original, path = torch.nn.LayerNorm(4), tempfile.mkdtemp() + "/norm.safetensors"
-        >>> parity.record(path, original, torch.randn(3, 4), dtypes=["float64"])
-        >>> parity.replay(path, nnx.LayerNorm(4, epsilon=1e-5, rngs=nnx.Rngs(0))).ok
+        >>> original, path = torch.nn.Linear(4, 3), tempfile.mkdtemp() + "/linear.safetensors"
+        >>> parity.record(path, original, torch.randn(5, 4), dtypes=["float64"])
+        >>> port = parity.load_torch(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), original.state_dict())
+        >>> parity.replay(path, port).ok
         True
 
     References:
