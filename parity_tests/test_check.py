@@ -21,8 +21,8 @@ from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
 from jaxloss import parity
-from jaxloss.parity import _steps
-from jaxloss.parity._steps import sketch, torch_steps
+from jaxloss.parity._live import Live
+from jaxloss.parity._recording import sketch
 from parity_tests import larger
 from parity_tests.gates import assert_float64_close
 from parity_tests.zoo import CASES, TorchFlat, randomise, run
@@ -383,14 +383,15 @@ def test_steps_may_differ_by_torchs_own_noise_and_no_more(monkeypatch):
     def optimizers(original: nn.Module) -> Any:
         return torch.optim.SGD(original.parameters(), lr=0.1), optax.sgd(lambda count: 0.1 + 1e-8 * (count > 0))
 
-    def check(noise: float) -> parity.Report:
-        def noisy(*args: Any, nudge: bool = False) -> Any:
-            found = torch_steps(*args, nudge=nudge)
-            scale = 1 + noise * nudge
-            sketches = [{k: {n: a * scale for n, a in each.items()} for k, each in s.items()} for s in found.sketches]
-            return found._replace(sketches=sketches)
+    take_steps = Live._take_steps
 
-        monkeypatch.setattr(_steps, "torch_steps", noisy)
+    def check(noise: float) -> parity.Report:
+        def noisy(live: Live, dtype: str, *, nudge: bool) -> Any:
+            found, masks = take_steps(live, dtype, nudge=nudge)
+            scale = 1 + noise * nudge
+            return [{k: {n: a * scale for n, a in each.items()} for k, each in s.items()} for s in found], masks
+
+        monkeypatch.setattr(Live, "_take_steps", noisy)
         return run(CASES["flat"], optimizers=optimizers, steps=2, dtypes=["float64"])
 
     assert check(0.0).first_divergence.place == "step 2"

@@ -47,6 +47,12 @@ def test_wheel_needs_jax_and_jaxtyping_alone(wheel):
     train = [line for line in lines if line.startswith("Requires-Dist:") and "extra == 'train'" in line]
     assert train
     assert not any("torch" in line for line in train)
+    replay, parity = (
+        {line.split()[1].rstrip(";").split(">")[0] for line in lines if f"extra == '{extra}'" in line}
+        for extra in ("replay", "parity")
+    )
+    assert "flax" in replay
+    assert parity == replay | {"torch"}
 
 
 def test_wheel_works_in_an_empty_environment(wheel, tmp_path):

@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
 from jaxloss.parity import Report, check, load_torch
+from parity_tests.without_torch import BatchNorm
 from train import models, originals
 
 
@@ -33,19 +34,6 @@ class TorchResidual(nn.Module):
         y = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(y)) + x)
         return self.fc(F.avg_pool2d(x, 3, stride=2, padding=1).mean((2, 3)))
-
-
-class BatchNorm(nnx.BatchNorm):
-    """Keeps the unbiased variance, as PyTorch does."""
-
-    def __call__(self, x: Any, **kwargs: Any) -> Any:
-        old = self.var[...]
-        y = super().__call__(x, **kwargs)
-        if not self.use_running_average:
-            n = x.size // x.shape[-1]
-            biased = (self.var[...] - self.momentum * old) / (1 - self.momentum)
-            self.var[...] = self.momentum * old + (1 - self.momentum) * biased * n / (n - 1)
-        return y
 
 
 def pad(size: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxloss.parity._assert_close import assert_close
-    from jaxloss.parity._check import check
+    from jaxloss.parity._replay import replay
     from jaxloss.parity._report import Report
+    from jaxloss.parity._with_torch import check, record
     from jaxloss.parity.optimizers import clip_grad_norm, one_cycle, optimizer, optimizer_by_name
     from jaxloss.parity.weights import load_torch, to_torch, weight_map
 
@@ -19,6 +20,8 @@ __all__ = [
     "one_cycle",
     "optimizer",
     "optimizer_by_name",
+    "record",
+    "replay",
     "to_torch",
     "weight_map",
 ]
@@ -26,12 +29,14 @@ __all__ = [
 _HOMES = {
     "Report": "_report",
     "assert_close": "_assert_close",
-    "check": "_check",
+    "check": "_with_torch",
     "clip_grad_norm": "optimizers",
     "load_torch": "weights",
     "one_cycle": "optimizers",
     "optimizer": "optimizers",
     "optimizer_by_name": "optimizers",
+    "record": "_with_torch",
+    "replay": "_replay",
     "to_torch": "weights",
     "weight_map": "weights",
 }

@@ -1,12 +1,15 @@
 """Checks a port from the command line: `python -m jaxloss.parity check module:torch_model module:flax_model …`.
 
-Exit status: 0 equal, 1 different, 2 could not compare.
+`record` keeps the original in a golden file, and `replay` checks a port against that, without PyTorch.
+Exit status: 0 equal (or recorded), 1 different, 2 could not.
 """
 
 import importlib
 import inspect
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,8 +23,55 @@ from tyro.conf import Positional
 COULD_NOT = 2
 
 
-@dataclass
-class Check:
+@dataclass(kw_only=True)
+class Run:
+    """How the original is run."""
+
+    loss: Literal["cross_entropy", "nll_loss", "none"] = "cross_entropy"
+    """what the outputs are for"""
+    train: bool = False
+    """train mode, with the same dropout masks in both"""
+    steps: int = 10
+    """steps with Adam; 0 for none"""
+    dtypes: tuple[str, ...] = ("float64", "float32")
+    """float64 is always there"""
+
+
+@dataclass(kw_only=True)
+class Pairing:
+    """What of the port belongs to what of the original."""
+
+    names: dict[str, str] = field(default_factory=dict)
+    """the port's names of weights and PyTorch's, in turn, where they would be paired otherwise"""
+    ignore: tuple[str, ...] = ()
+    """names of PyTorch's weights or buffers that the port does not need, or patterns"""
+
+
+@dataclass(kw_only=True)
+class Output:
+    """Where a report goes."""
+
+    json: Path | None = None
+    """write the report here too"""
+    html: Path | None = None
+    """write it as a page"""
+    junit: Path | None = None
+    """write it as JUnit XML, for CI systems"""
+
+    def tell(self, report: Any, console: Console) -> int:
+        """Writes and prints a report, and gives the exit status."""
+        if self.json is not None:
+            report.to_json(self.json)
+        if self.html is not None:
+            report.to_html(self.html)
+        if self.junit is not None:
+            report.to_junit(self.junit)
+        console.print(report if console.is_terminal else str(report), markup=False, soft_wrap=True, highlight=False)
+        return 0 if report.ok else 1
+
+
+@dataclass(kw_only=True)
+class Check(Run, Pairing, Output):
     """Compare a Flax port with its PyTorch original, layer by layer."""
 
     torch_model: Positional[str]
@@ -31,24 +81,6 @@ class Check:
     batch: Path
     """.npz file: the inputs in their order, as PyTorch takes them; "targets"; and if Flax's inputs are not PyTorch's \
 with 4-D ones transposed, those as flax_NAME"""
-    json: Path | None = None
-    """write the report here too"""
-    html: Path | None = None
-    """write it as a page"""
-    junit: Path | None = None
-    """write it as JUnit XML, for CI systems"""
-    loss: Literal["cross_entropy", "nll_loss", "none"] = "cross_entropy"
-    """what the outputs are for"""
-    names: dict[str, str] = field(default_factory=dict)
-    """the port's names of weights and PyTorch's, in turn, where they would be paired otherwise"""
-    ignore: tuple[str, ...] = ()
-    """names of PyTorch's weights or buffers that the port does not need, or patterns"""
-    train: bool = False
-    """train mode, with the same dropout masks in both"""
-    steps: int = 10
-    """steps with Adam; 0 for none"""
-    dtypes: tuple[str, ...] = ("float64", "float32")
-    """float64 is always checked"""
 
     def run(self, console: Console) -> int:
         """Prints the report."""
@@ -60,10 +92,7 @@ with 4-D ones transposed, those as flax_NAME"""
         losses = None if self.loss == "none" else (getattr(functional, self.loss), getattr(jaxloss, self.loss))
         torch_model, flax_model = _load(self.torch_model, "torch.nn"), _load(self.flax_model, "flax.nnx")
         theirs, ours = _read_batch(self.batch, with_targets=losses is not None)
-        stages = 5 + 2 * len(set(self.dtypes) - {"float64"})
-        columns = SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("starting", total=stages)
+        with _stages(console, 5 + 2 * len(set(self.dtypes) - {"float64"})) as progress:
             report = parity.check(
                 torch_model,
                 flax_model,
@@ -75,16 +104,68 @@ with 4-D ones transposed, those as flax_NAME"""
                 train=self.train,
                 steps=self.steps,
                 dtypes=self.dtypes,
-                progress=lambda stage: progress.update(bar, description=stage, advance=1),
+                progress=progress,
             )
-        if self.json is not None:
-            report.to_json(self.json)
-        if self.html is not None:
-            report.to_html(self.html)
-        if self.junit is not None:
-            report.to_junit(self.junit)
-        console.print(report if console.is_terminal else str(report), markup=False, soft_wrap=True, highlight=False)
-        return 0 if report.ok else 1
+        return self.tell(report, console)
+
+
+@dataclass(kw_only=True)
+class Record(Run):
+    """Keep a PyTorch original in a golden file, for `replay`."""
+
+    torch_model: Positional[str]
+    """module:attribute of a torch.nn.Module, or of a function without arguments that makes one"""
+    batch: Positional[Path]
+    """.npz file: the inputs in their order, as PyTorch takes them, and "targets"; better a small batch"""
+    golden_file: Positional[Path]
+    """where to; a .safetensors file"""
+
+    def run(self, console: Console) -> int:
+        """Writes the file, and prints its size."""
+        from torch.nn import functional
+
+        from jaxloss import parity
+
+        loss = None if self.loss == "none" else getattr(functional, self.loss)
+        theirs, _ = _read_batch(self.batch, with_targets=loss is not None)
+        with _stages(console) as progress:
+            parity.record(
+                self.golden_file,
+                _load(self.torch_model, "torch.nn"),
+                theirs,
+                loss=loss,
+                train=self.train,
+                steps=self.steps,
+                dtypes=self.dtypes,
+                progress=progress,
+            )
+        size = self.golden_file.stat().st_size
+        console.print(f"{self.golden_file}: {size:,} bytes", markup=False, soft_wrap=True, highlight=False)
+        return 0
+
+
+@dataclass(kw_only=True)
+class Replay(Pairing, Output):
+    """Compare a Flax port with a golden file, without PyTorch."""
+
+    golden_file: Positional[Path]
+    """what `record` has written"""
+    flax_model: Positional[str]
+    """module:attribute of an nnx.Module, or of a function without arguments that makes one"""
+    batch: Path | None = None
+    """.npz file, if Flax's inputs are not the recorded ones with 4-D ones transposed: those, as flax_NAME"""
+
+    def run(self, console: Console) -> int:
+        """Prints the report."""
+        from jaxloss import parity
+
+        ours = None if self.batch is None else _read_batch(self.batch, with_targets=False)[1]
+        flax_model = _load(self.flax_model, "flax.nnx")
+        with _stages(console) as progress:
+            report = parity.replay(
+                self.golden_file, flax_model, ours, names=self.names, ignore=self.ignore, progress=progress
+            )
+        return self.tell(report, console)
 
 
 @dataclass
@@ -134,6 +215,8 @@ class Doctor:
 
 Command = (
     Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Record, tyro.conf.subcommand("record")]
+    | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Diff, tyro.conf.subcommand("diff")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
@@ -147,8 +230,18 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # whatever a stranger's module raises
-        print(f"Could not compare. {type(error).__name__}: {error}", file=sys.stderr)
+        what = "record" if isinstance(command, Record) else "compare"
+        print(f"Could not {what}. {type(error).__name__}: {error}", file=sys.stderr)
         return COULD_NOT
+
+
+@contextmanager
+def _stages(console: Console, total: int | None = None) -> Iterator[Callable[[str], None]]:
+    """A bar of the stages so far, in a terminal."""
+    columns = SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("starting", total=total)
+        yield lambda stage: progress.update(bar, description=stage, advance=1)
 
 
 def _load(where: str, kind: str) -> Any:

@@ -7,108 +7,59 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from torch import nn
-from torch.nn import functional as F  # noqa: N812
+import optax
 
-import jaxloss
 from jaxloss.parity._background import Errors
-from jaxloss.parity._batch import Batch, Losses
+from jaxloss.parity._batch import FlaxLoss
 from jaxloss.parity._compare import SMALL, Rounding, relative
 from jaxloss.parity._detail import Detail
-from jaxloss.parity._diagnosis import diagnose
+from jaxloss.parity._diagnosis import Ask, diagnose
 from jaxloss.parity._environment import environment
 from jaxloss.parity._findings import FLOAT64_TOLERANCE, Findings
 from jaxloss.parity._layout import Layout, same
-from jaxloss.parity._original import Recording
 from jaxloss.parity._programs import CutRun, FreeRun
+from jaxloss.parity._recording import Recording, Source
 from jaxloss.parity._report import Report
 from jaxloss.parity._stages import stages, weight_pairs
-from jaxloss.parity._steps import Optimizers, compare_steps, tell_steps
+from jaxloss.parity._steps import compare_steps, tell_steps
 from jaxloss.parity._subject import Subject, View
 
 
-def check(
-    torch_module: nn.Module,
+def judge(
+    source: Source,
     flax_module: Any,
-    torch_batch: Any,
-    flax_batch: Any = None,
+    flax_batch: Any,
     *,
-    layouts: Mapping[str, Sequence[int]] | None = None,
-    names: Mapping[str, str] | None = None,
-    ignore: Collection[str] = (),
-    losses: Losses | None = (F.cross_entropy, jaxloss.cross_entropy),
-    optimizers: Optimizers | None = None,
-    steps: int = 10,
-    train: bool = False,
-    dtypes: Sequence[str] = ("float64", "float32"),
-    seed: int = 0,
-    progress: Callable[[str], None] = lambda stage: None,
+    loss: FlaxLoss | None,
+    optimizer: optax.GradientTransformation,
+    layouts: Mapping[str, Sequence[int]] | None,
+    names: Mapping[str, str] | None,
+    ignore: Collection[str],
+    dtypes: Sequence[str],
+    ask: Ask,
+    progress: Callable[[str], None],
 ) -> Report:
-    """Compares a Flax port with its PyTorch original, and finds the first place where they differ, and why.
-
-    Both run in float64, where semantics is all that can differ. Every layer of the port is fed what the original's
-    layer was fed, and what lies between two layers (an edge: views, activations, pools, residual sums) starts from
-    the original's outputs; so one fault makes one place fail, forward and backward. Then the network runs from end to
-    end, and takes steps with both optimizers. In the other dtypes every layer and edge is judged by its error
-    against float64 on the same rounded inputs, beside PyTorch's; the network's error is only told.
-
-    Each comparison that passes is repeated with wrong arrays, which have to fail. To explain the first difference,
-    PyTorch is run again with one call changed (other padding, epsilon, axis, activation, …) until it gives what the
-    port gives.
+    """Compares a port with what is known of its original; `check` and `replay` say how.
 
     Args:
-        torch_module: the original. Weights and gradients are compared by its names. Copied, never changed.
-        flax_module: the port: an nnx.Module; a pair of a Linen module and its variables; or a pair of a function and
-            its parameters, called with them and the inputs: of that one the layers are unknown, and only outputs,
-            gradients and steps are compared. Layers are paired by name, else by shape in the order in which they are
-            called. Weights that come from the original are compared with it; if none does, the original's are copied
-            for the check, and the report says so. Copied, never changed.
-        torch_batch: one tensor or array; or a tuple of the module's inputs, and last, if there is a loss, the targets.
-        flax_batch: the inputs for the port. By default those of PyTorch, with 4-D ones transposed from NCHW to NHWC.
-        layouts: shape in PyTorch, (channels, *spatial), of the feature maps that linear layers read as one axis, by
-            the port's layer. Found by themselves where PyTorch flattens directly before the layer.
-        names: PyTorch's names of weights by the port's, where they would be paired otherwise: `report.weight_map` shows
-            how.
-        ignore: names of weights or buffers that the port does not need, like a causal mask; or patterns, "*.mask".
-        losses: PyTorch's and JAX's, each called with outputs and targets. With None, outputs are multiplied by random
-            numbers and summed.
-        optimizers: one of PyTorch's over `torch_module.parameters()`, and its optax counterpart. By default
-            `torch.optim.Adam` and `optax.adam`, with rate 1e-3.
-        steps: how many steps are taken with them on the batch; 0 for none.
-        train: train mode instead of evaluation. What dropout keeps is drawn once and given to both.
-        dtypes: "float32", "bfloat16" or "float16" beside "float64", which is always checked.
-        seed: of dropout, targets and random numbers. Global random states are not touched.
-        progress: called with the name of each stage as it begins.
-
-    Returns:
-        The report: `ok`, `first_divergence`, one line per place when printed, `to_json`, `to_html`, `to_junit`.
-
-    Raises:
-        TypeError: a module returns something other than one array.
-        ValueError: the batch is empty, or does not fit the port; `names`, `ignore` or `layouts` has an unknown name.
-
-    Examples:
-        >>> import torch
-        >>> from flax import nnx
-        >>> from jaxloss import parity
-        >>> original, port = torch.nn.LayerNorm(4), nnx.LayerNorm(4, rngs=nnx.Rngs(0))
-        >>> report = parity.check(original, port, torch.randn(3, 4), dtypes=["float64"])
-        >>> report.ok
-        False
-        >>> report.first_divergence.diagnosis
-        "The port's epsilon is 1e-06, PyTorch's 1e-05."
-
-    References:
-        The list of what ports get wrong, each found by a test: `parity_tests/faults.md`.
+        source: the original.
+        flax_module: the port.
+        flax_batch: the port's inputs, if they are not PyTorch's in the usual layout.
+        loss: the port's; None if the original has none.
+        optimizer: the port's.
+        layouts: see `check`, also for the other arguments.
+        names: PyTorch's names of weights by the port's.
+        ignore: what the port does not need.
+        dtypes: those to judge by rounding besides float64.
+        ask: gives what PyTorch says to the failures, if there is one to ask.
+        progress: called with the name of each stage.
     """
-    started = time.perf_counter()
-    batch = Batch(torch_batch, flax_batch, losses, seed)
-    findings = Findings()
+    started, findings = time.perf_counter(), Findings()
     with jax.enable_x64(True):
         progress("pairing layers")
-        subject = Subject(torch_module, flax_module, batch, train, seed, layouts or {}, names, ignore)
+        subject = Subject(source, flax_module, flax_batch, loss, layouts or {}, names, ignore)
         exact = subject.exact
-        findings.notes += batch.notes
+        findings.notes += [*source.notes, *subject.batch.notes]
         findings.background.name, findings.background.stages = subject.name, stages(subject)
         findings.background.weights = list(weight_pairs(subject))
         _unmatched(findings, subject)
@@ -120,9 +71,9 @@ def check(
         progress("the whole network in float64")
         _compare_whole(findings, subject, exact, exact.programs.free(subject.values(), exact.recording.masks))
         progress("optimizer steps")
-        exact_steps = compare_steps(findings, subject, optimizers, steps)
+        exact_steps = compare_steps(findings, subject, optimizer)
         progress("looking for the reason")
-        diagnose(subject, findings.failures, optimizers[0] if optimizers else None)
+        diagnose(subject, findings.failures, exact_steps, ask)
     for dtype in dtypes:
         if dtype != "float64":
             progress(f"layers and edges in {dtype}")
@@ -130,7 +81,7 @@ def check(
                 rough = subject.view(dtype)
             _compare_rounding(findings, subject, rough, dtype)
             progress(f"optimizer steps in {dtype}")
-            tell_steps(findings, subject, rough, optimizers, exact_steps)
+            tell_steps(findings, subject, rough, optimizer, exact_steps)
     findings.background.environment = environment()
     findings.background.seconds = time.perf_counter() - started
     return Report(

@@ -1,32 +1,30 @@
-"""Why a port differs: PyTorch is run again with one call changed, until it gives what the port gives."""
+"""Why a port differs: what the arrays tell, and what PyTorch says if there is one to ask."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from jaxloss.parity._changes import insertions
 from jaxloss.parity._faults import FLOAT32_INSIDE, classify, matches
 from jaxloss.parity._findings import Explanation, Failure, Finding
-from jaxloss.parity._layout import Layout, channels_last, permuted
-from jaxloss.parity._original import Functions, LayerCall
+from jaxloss.parity._layout import channels_last
 from jaxloss.parity._pairs import CallPair
-from jaxloss.parity._state_dict import to_numpy
-from jaxloss.parity._step_diagnosis import explain_step
+from jaxloss.parity._recording import LayerCall, Trajectory, sketch
+from jaxloss.parity._steps import in_flax
 from jaxloss.parity._subject import Subject
 
+Ask = Callable[[Subject, Sequence[Failure]], Iterator[Explanation]]  # everything that explains the first failure
 
-def diagnose(subject: Subject, failures: Sequence[Failure], optimizer: torch.optim.Optimizer | None) -> None:
+
+def diagnose(subject: Subject, failures: Sequence[Failure], steps: Trajectory | None, ask: Ask) -> None:
     """Classes every failure, and explains the first, in its finding."""
     for failure in failures:
         fault = classify(failure.ours, failure.theirs, linear_image=_is_sketch(subject, failure))
         failure.finding.kind, failure.finding.diagnosis = fault.kind, fault.seen
     if failures and not matches(failures[0].ours, failures[0].theirs):
         first = failures[0]
-        explain = explain_step(subject, failures, optimizer) if _is_step(first) else _explanations(subject, first)
         try:
-            explanation = next(explain, None)
+            explanation = next(_explanations(subject, failures, steps, ask), None)
         except Exception as error:  # a stranger's module in a state it was not made for; the verdict stands
             explanation = None
             first.finding.fix = f"(the search for the reason ended with {type(error).__name__}: {error})"
@@ -41,30 +39,37 @@ def _is_step(failure: Failure) -> bool:
 
 
 def _is_sketch(subject: Subject, failure: Failure) -> bool:
-    name = failure.finding.quantity.rpartition(" of ")[2]
-    return _is_step(failure) and failure.ours.shape != subject.exact.port.weights[name].variable.shape
+    weight = subject.exact.port.weights.get(failure.finding.quantity.rpartition(" of ")[2])
+    return _is_step(failure) and weight is not None and failure.ours.shape != weight.variable.shape
 
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + "."
 
 
-def _explanations(subject: Subject, failure: Failure) -> Iterator[Explanation]:
-    """Everything that explains a failure; the surest first."""
-    finding = failure.finding
+def _explanations(
+    subject: Subject, failures: Sequence[Failure], steps: Trajectory | None, ask: Ask
+) -> Iterator[Explanation]:
+    """Everything that explains the first failure; the surest first."""
+    failure, finding = failures[0], failures[0].finding
+    if _is_step(failure):
+        assert steps is not None
+        yield from ask(subject, failures)
+        yield from _of_step(subject, failures, steps)
+        return
     if finding.quantity in WEIGHT_KINDS:
         yield from _of_weight(subject, failure)
     elif finding.place == "loss":
-        yield from _of_loss(subject, failure)
+        yield from ask(subject, failures)
     elif finding.quantity.endswith(" after a step"):
         yield from _of_statistic(subject, failure)
     elif finding.kind == "precision" and finding.diagnosis != FLOAT32_INSIDE:
         dtype = finding.diagnosis.split()[-2]
         yield Explanation(f"the port computes in {dtype}", "remove the layer's dtype, or the cast before it")
     elif finding.place in subject.places and "gradient" not in finding.quantity:
-        yield from _of_edge(subject, failure)
+        yield from _of_edge(subject, failures, ask)
     elif finding.quantity == "output":
-        yield from _of_layer(subject, failure)
+        yield from ask(subject, failures)
     if finding.diagnosis == FLOAT32_INSIDE:
         fix = "look for casts, and for functions that cast, like jax.nn.dot_product_attention"
         yield Explanation("something computes in float32 even when it is given float64", fix, "precision")
@@ -112,77 +117,34 @@ def _of_weight(subject: Subject, failure: Failure) -> Iterator[Explanation]:
         yield Explanation(f"the weight is another than PyTorch's: {finding.diagnosis}", fix)
 
 
-def _of_layer(subject: Subject, failure: Failure) -> Iterator[Explanation]:
-    """A changed call inside the layer that gives the port's output from the same inputs."""
-    pair = next(pair for pair in subject.pairs if subject.title(pair) == failure.finding.place)
-    call = next(call for call in subject.exact.recording.calls if call.key == pair.theirs)
-    original = subject.original()
-    layer = original.layers[call.name]
+class Edge(NamedTuple):
+    """What lies between two layers of the original."""
 
-    def run(functions: Functions) -> np.ndarray:
-        inputs = [torch.from_numpy(array) for array in call.inputs]
-        with torch.no_grad(), functions:
-            return to_numpy(layer(*inputs))
-
-    yield from _changed(run, pair.output, failure.ours, partial(Functions, 0, inside=True))
-    yield from _inserted(call.output, pair.output, failure.ours)
+    pair: CallPair | None  # the layer after it, if it is not the last
+    call: LayerCall | None  # of that layer
+    windows: range  # in which its functions are called
 
 
-def _of_edge(subject: Subject, failure: Failure) -> Iterator[Explanation]:
-    """A changed call between two layers that gives what arrives after it in the port."""
+def edge_of(subject: Subject, failure: Failure) -> Edge:
+    """Where a failure is."""
     edge = subject.places.index(failure.finding.place)
-    keys = [call.key for call in subject.exact.recording.calls]
+    calls = subject.exact.recording.calls
+    keys = [call.key for call in calls]
     positions = [-1, *(keys.index(pair.theirs) for pair in subject.pairs), len(keys)]
     windows = range(positions[edge] + 1, positions[edge + 1] + 1)
-    if edge < len(subject.pairs):
-        pair = subject.pairs[edge]
-        call = subject.exact.recording.calls[positions[edge + 1]]
-        theirs, layout = call.inputs[0], pair.inputs[0]
-        yield from _other_order(subject, pair, call, failure)
-    else:
-        pair, theirs, layout = None, subject.exact.recording.outputs, subject.batch.layout
-    assert layout is not None
+    last = edge == len(subject.pairs)
+    return Edge(None if last else subject.pairs[edge], None if last else calls[positions[edge + 1]], windows)
 
-    def run(functions: Functions) -> np.ndarray:
-        original = subject.original()
-        with torch.no_grad():
-            calls, outputs = original.forward(original.cast(subject.batch.torch_inputs), functions)
-        if pair is None:
-            return to_numpy(outputs)
-        return next(call.inputs[0] for call in calls if call.key == pair.theirs)
 
-    yield from _other_dropout(subject, windows)
-    yield from _changed(run, layout, failure.ours, partial(Functions, subject.seed, windows=windows))
-    yield from _inserted(theirs, layout, failure.ours)
-    if len(subject.exact.recording.inputs[0].shape) == 4 and edge == 0:
+def _of_edge(subject: Subject, failures: Sequence[Failure], ask: Ask) -> Iterator[Explanation]:
+    """What arrives after it in the port."""
+    failure, edge = failures[0], edge_of(subject, failures[0])
+    if edge.pair is not None and edge.call is not None:
+        yield from _other_order(subject, edge.pair, edge.call, failure)
+    yield from _other_dropout(subject, edge.windows)
+    yield from ask(subject, failures)
+    if subject.source.inputs[0].ndim == 4 and failure.finding.place == subject.places[0]:
         yield from _other_input(failure)
-
-
-def _changed(
-    run: Callable[[Functions], np.ndarray], layout: Layout, ours: np.ndarray, watch: Callable[..., Functions]
-) -> Iterator[Explanation]:
-    """Runs with one call changed after the other, and yields those that give ours."""
-    probe = watch()
-    run(probe)
-    for call, count in enumerate(probe.alternatives):
-        for alternative in range(count):
-            functions = watch(change=(call, alternative))
-            try:
-                result = run(functions)
-            except (RuntimeError, ValueError, TypeError, IndexError):
-                continue  # this alternative does not fit what follows
-            if _equals(result, layout, ours):
-                yield Explanation(functions.changed.meaning, functions.changed.fix)
-
-
-def _equals(result: np.ndarray, layout: Layout, ours: np.ndarray) -> bool:
-    return result.shape == layout.merged and matches(ours, layout.to_flax(result))
-
-
-def _inserted(theirs: np.ndarray, layout: Layout, ours: np.ndarray) -> Iterator[Explanation]:
-    for change in insertions(torch.from_numpy(theirs)):
-        if _equals(to_numpy(change.result()), layout, ours):
-            yield Explanation(change.meaning, change.fix)
 
 
 def _other_order(subject: Subject, pair: CallPair, call: LayerCall, failure: Failure) -> Iterator[Explanation]:
@@ -222,32 +184,13 @@ def _other_input(failure: Failure) -> Iterator[Explanation]:
         )
 
 
-def _of_loss(subject: Subject, failure: Failure) -> Iterator[Explanation]:
-    """A changed loss that gives the port's value or gradient."""
-
-    def run(functions: Functions) -> np.ndarray:
-        outputs = torch.from_numpy(subject.exact.recording.outputs).requires_grad_()
-        with functions:
-            loss = subject.batch.torch_objective(outputs)
-        gradient = torch.autograd.grad(loss, outputs)[0]
-        return to_numpy(gradient if failure.finding.quantity == "gradient" else loss)
-
-    layout = subject.batch.layout if failure.finding.quantity == "gradient" else permuted((), ())
-    assert layout is not None
-    yield from _changed(run, layout, failure.ours, partial(Functions, 0, inside=True))
-
-
 def _of_statistic(subject: Subject, failure: Failure) -> Iterator[Explanation]:
     """Batch norm's running statistics with another momentum or variance."""
     finding = failure.finding
     name = _weight_name(subject, finding)
     theirs = subject.weight_pairs[name]
-    layer = subject.original().layers[theirs.rpartition(".")[0]]
-    old, new, momentum = (
-        subject.exact.state[theirs],
-        subject.exact.recording.buffers[theirs],
-        getattr(layer, "momentum", None),
-    )
+    old, new = subject.exact.state[theirs], subject.exact.recording.buffers[theirs]
+    momentum = subject.source.modules[theirs.rpartition(".")[0]].attributes.get("momentum")
     if matches(failure.ours, old):
         yield Explanation(
             "the port does not update its running statistics", "call train() on the port, and keep its mutated state"
@@ -271,3 +214,43 @@ def _of_statistic(subject: Subject, failure: Failure) -> Iterator[Explanation]:
                 fixes = [f"multiply the running variance's update by n / (n - 1) = {n / (n - 1):.6g}"] if first else []
                 fixes += [f"pass momentum={1 - momentum:g} to nnx.BatchNorm"] if second else []
                 yield Explanation("batch norm " + " and ".join(filter(None, (first, second))), "; ".join(fixes))
+
+
+_FIRST_MOMENTS = ("exp_avg of ", "momentum_buffer of ")
+
+
+class StepFailure(NamedTuple):
+    """The first step that differs."""
+
+    number: int  # from 1
+    here: list[Failure]  # all that differs after it
+    failure: Failure  # a parameter, if one does
+    kind: str  # what is kept of the parameter; "" for itself
+    ours: str  # the parameter, in the port
+
+
+def step_failure(failures: Sequence[Failure]) -> StepFailure:
+    """Where the steps begin to differ."""
+    place = failures[0].finding.place
+    here = [failure for failure in failures if failure.finding.place == place]
+    failure = next((failure for failure in here if " of " not in failure.finding.quantity), here[0])
+    kind, _, ours = failure.finding.quantity.rpartition(" of ")
+    return StepFailure(int(place.split()[1]), here, failure, kind, ours)
+
+
+def _of_step(subject: Subject, failures: Sequence[Failure], steps: Trajectory) -> Iterator[Explanation]:
+    """Other gradients or another rate, as far as the arrays tell."""
+    step, here, failure, kind, ours = step_failure(failures)
+    for each in here:
+        if each.finding.quantity.startswith(_FIRST_MOMENTS) and each.finding.kind == "scale":
+            factor = each.finding.diagnosis.removeprefix("it is ")
+            meaning = f"the port's optimizer gets other gradients: their first moment is {factor}"
+            yield Explanation(meaning, "clip and average them as PyTorch does")
+    if not kind:
+        theirs = subject.weight_pairs[ours]
+        before = steps.sketches[step - 2][""][theirs] if step > 1 else sketch(subject.exact.state[theirs])
+        before = in_flax(before, subject.exact.port.weights[ours].layout)
+        seen = classify(failure.ours - before, failure.theirs - before)
+        if seen.kind == "scale":
+            fix = "compare learning rates and schedules; optax counts steps from 0, a scheduler's step comes last"
+            yield Explanation(f"the port's step is {seen.seen.removeprefix('it is ')}", fix)

@@ -3,9 +3,8 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,93 +16,8 @@ from torch.overrides import TorchFunctionMode
 from jaxloss.parity._changes import Change, changes, dropped
 from jaxloss.parity._masks import Drop
 from jaxloss.parity._pairs import Call
+from jaxloss.parity._recording import LayerCall, Recording
 from jaxloss.parity._state_dict import to_numpy
-
-
-@dataclass
-class LayerCall:
-    """What one call of a layer read and returned, and the loss's gradients with respect to both."""
-
-    name: str
-    index: int
-    kind: type[nn.Module]
-    inputs: list[np.ndarray]
-    output: np.ndarray
-    input_gradients: list[np.ndarray | None] = field(default_factory=list)
-    output_gradient: np.ndarray | None = None
-
-    @property
-    def key(self) -> Call:
-        """The layer's name, and how often it was called before."""
-        return self.name, self.index
-
-
-@dataclass
-class Recording:
-    """One run of an original."""
-
-    calls: list[LayerCall]
-    inputs: list[np.ndarray]
-    outputs: np.ndarray
-    loss: np.ndarray
-    output_gradient: np.ndarray
-    input_gradients: list[np.ndarray | None]
-    parameter_gradients: dict[str, np.ndarray]
-    buffers: dict[str, np.ndarray]  # after the run
-    masks: list[np.ndarray]  # what dropout kept, call by call
-    drops: list[Drop]
-    random: list[str]  # functions that draw random numbers, other than dropout
-    flattened: dict[Call, tuple[int, ...]]  # (channels, *spatial) of the feature map that a layer's input was
-    mutated: list[int]  # inputs that the module changed in place
-
-    @property
-    def gradient_floor(self) -> float:
-        """What rounding may leave of a parameter's gradient that is zero, like that of a bias before batch norm."""
-        return _floor(self.parameter_gradients.values())
-
-    @property
-    def activation_floor(self) -> float:
-        """The same for the gradients of activations."""
-        gradients = [gradient for call in self.calls for gradient in (*call.input_gradients, call.output_gradient)]
-        return _floor(gradient for gradient in (*gradients, self.output_gradient) if gradient is not None)
-
-
-def _floor(gradients: Iterable[np.ndarray]) -> float:
-    return 1e-14 * max((float(np.linalg.norm(gradient)) for gradient in gradients), default=0.0)
-
-
-class State(Mapping[str, np.ndarray]):
-    """Parameters and buffers of a module's state_dict, shared ones by their first name alone; copied when asked for.
-
-    Attributes:
-        tied: the first names of shared ones by their other names.
-    """
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        """Copies nothing."""
-        first = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-        tensors = module.state_dict()
-        self._tensors = {name: tensor for name, tensor in tensors.items() if name in first}
-        self._dtype = dtype
-        starts = {tensor.data_ptr(): name for name, tensor in self._tensors.items()}
-        self.tied = {name: starts.get(t.data_ptr(), "") for name, t in tensors.items() if name not in first}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """In the dtype of the state, if it is floating."""
-        tensor = self._tensors[name]
-        return to_numpy(tensor.to(self._dtype) if tensor.is_floating_point() else tensor)
-
-    def __iter__(self) -> Iterator[str]:
-        """The names."""
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        """How many."""
-        return len(self._tensors)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """By name."""
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
 
 class Original:
@@ -137,7 +51,6 @@ class Original:
         rest = iter(gradients[1:])
         return Recording(
             calls=calls,
-            inputs=before,
             outputs=to_numpy(outputs),
             loss=to_numpy(loss),
             output_gradient=to_numpy(gradients[0]),
@@ -157,7 +70,7 @@ class Original:
         with _own_random_state(), self._recorded(calls, functions), functions:
             outputs = self.module(*inputs)
         if not isinstance(outputs, Tensor):
-            raise TypeError(f"check: the PyTorch module returned a {type(outputs).__name__}, expected one tensor.")
+            raise TypeError(f"parity: the PyTorch module returned a {type(outputs).__name__}, expected one tensor.")
         return calls, outputs
 
     def backward(self, inputs: Sequence[Tensor], objective: Callable[[Tensor], Tensor], seed: int) -> list[np.ndarray]:
@@ -180,7 +93,7 @@ class Original:
             index = counts[name] = counts.get(name, -1) + 1
             tensors = [arg for arg in args if isinstance(arg, Tensor)]
             arrays = list(map(to_numpy, tensors))
-            call = LayerCall(name, index, type(layer), arrays, np.empty(0), [None] * len(tensors))
+            call = LayerCall(name, index, arrays, np.empty(0), [None] * len(tensors))
             functions.enter(call.key, tensors)
             calls.append(call)
             # Aliases, so that their gradients are what comes back through this layer alone.

@@ -10,9 +10,9 @@ import numpy as np
 
 from jaxloss.parity._batch import Batch
 from jaxloss.parity._masks import PortDrop
-from jaxloss.parity._original import Recording
 from jaxloss.parity._pairs import CallPair
 from jaxloss.parity._port import Arrays, Call, Cut, Free, Port
+from jaxloss.parity._recording import Recording
 
 
 @dataclass
@@ -143,7 +143,7 @@ def abstract_run(port: Port, batch: Batch) -> Shapes:
 
     result = jax.eval_shape(run, port.values(), [port.cast(array) for array in batch.flax_inputs])
     if not isinstance(result, jax.ShapeDtypeStruct):
-        raise TypeError(f"check: the port returned a {type(result).__name__}, expected one array.")
+        raise TypeError(f"parity: the port returned a {type(result).__name__}, expected one array.")
     return shapes._replace(result=result.shape)
 
 

@@ -8,20 +8,20 @@ from jaxloss.parity._subject import Subject
 
 def stages(subject: Subject) -> dict[str, Stage]:
     """Edges and layers in turn, from the input to the output."""
-    kinds = {call.key: call.kind.__name__ for call in subject.exact.recording.calls}
+    modules = subject.source.modules
     layers = {weight.layer_name: type(weight.layer).__name__ for weight in subject.exact.port.weights.values()}
     *edges, last = subject.places
     found: list[Stage] = []
     for edge, pair in zip(edges, subject.pairs, strict=True):
         name, index = pair.ours
         flax_name = (name or layers[name]) + (f" (call {index + 1})" if index else "")
-        found += [Stage(edge), Stage(subject.title(pair), flax_name, kinds[pair.theirs], layers[name])]
+        found += [Stage(edge), Stage(subject.title(pair), flax_name, modules[pair.theirs[0]].kind, layers[name])]
     return {stage.place: stage for stage in (*found, Stage(last))}
 
 
 def weight_pairs(subject: Subject) -> Iterator[WeightPair]:
     """All weights of both, in the port's order; then what only PyTorch has."""
-    theirs = subject.exact.state.shapes()
+    theirs = subject.exact.state.shapes
     for ours, weight in subject.exact.port.weights.items():
         name = subject.weight_pairs.get(ours, "")
         yield WeightPair(ours, name, weight.layout.shape, theirs.get(name, ()))

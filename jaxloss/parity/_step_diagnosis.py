@@ -7,10 +7,13 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from jaxloss.parity._faults import classify, matches
+from jaxloss.parity._diagnosis import step_failure
+from jaxloss.parity._faults import matches
 from jaxloss.parity._findings import Explanation, Failure
+from jaxloss.parity._live import Live
+from jaxloss.parity._recording import sketch
 from jaxloss.parity._state_dict import to_numpy
-from jaxloss.parity._steps import sketch
+from jaxloss.parity._steps import in_flax
 from jaxloss.parity._subject import Subject
 
 Step = Callable[[torch.optim.Optimizer], object]
@@ -31,58 +34,41 @@ _OPTIONS = {
     "lr": (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
     "betas": ((0.9, 0.999), (0.9, 0.99), (0.9, 0.95)),
 }
-_FIRST_MOMENTS = ("exp_avg of ", "momentum_buffer of ")
 
 
-def explain_step(
-    subject: Subject, failures: Sequence[Failure], given: torch.optim.Optimizer | None
-) -> Iterator[Explanation]:
+def explain_step(live: Live, subject: Subject, failures: Sequence[Failure]) -> Iterator[Explanation]:
     """Everything that explains the first step that differs."""
-    place = failures[0].finding.place
-    count, here = int(place.split()[1]), [failure for failure in failures if failure.finding.place == place]
-    failure = next((failure for failure in here if " of " not in failure.finding.quantity), here[0])
-    kind, _, ours = failure.finding.quantity.rpartition(" of ")
+    count, _, failure, kind, ours = step_failure(failures)
     theirs, layout = subject.weight_pairs[ours], subject.exact.port.weights[ours].layout
 
-    def train(count: int, step: Step = lambda optimizer: optimizer.step(), **options: Any) -> np.ndarray:
-        original, optimizer = subject.trainee(given)
+    def train(step: Step = lambda optimizer: optimizer.step(), **options: Any) -> np.ndarray:
+        original, optimizer = live.trainee()
         for group in optimizer.param_groups:
             group.update(options)
         for i in range(1, count + 1):
-            subject.backward(original, i)
+            live.backward(original, i)
             step(optimizer)
         tensor = dict(original.module.named_parameters())[theirs]
         kept = optimizer.state[tensor].get(kind) if kind else tensor
-        return np.empty(0) if kept is None else sketch(layout.to_flax(to_numpy(kept)))
+        return np.empty(0) if kept is None else in_flax(sketch(to_numpy(kept)), layout)
 
-    optimizer = subject.trainee(given)[1]
+    optimizer = live.trainee()[1]
     group = optimizer.param_groups[0]
     for name, values in _OPTIONS.items():
         for value in values:
-            if name in group and group[name] != value and matches(failure.ours, train(count, **{name: value})):
+            if name in group and group[name] != value and matches(failure.ours, train(**{name: value})):
                 fix = f"pass {group[name]}, or use parity.optimizer"
                 yield Explanation(f"the port's {name} is {value}, PyTorch's {group[name]}", fix)
     fix = "use parity.optimizer"
     if isinstance(optimizer, torch.optim.Adagrad):
         for value in (0.0, 0.1):
-            if matches(failure.ours, train(count, _start_from(value))):
+            if matches(failure.ours, train(_start_from(value))):
                 started = group["initial_accumulator_value"]
                 yield Explanation(f"the port's initial_accumulator_value is {value}, PyTorch's {started}", fix)
     if isinstance(optimizer, torch.optim.RMSprop):
         inside = _inside_the_root(group["eps"])
-        if matches(failure.ours, train(count, inside, eps=0.0)):
+        if matches(failure.ours, train(inside, eps=0.0)):
             yield Explanation("the port adds epsilon inside the root, PyTorch outside", "pass eps_in_sqrt=False")
-    for each in here:
-        if each.finding.quantity.startswith(_FIRST_MOMENTS) and each.finding.kind == "scale":
-            factor = each.finding.diagnosis.removeprefix("it is ")
-            meaning = f"the port's optimizer gets other gradients: their first moment is {factor}"
-            yield Explanation(meaning, "clip and average them as PyTorch does")
-    if not kind:
-        before = train(count - 1)
-        seen = classify(failure.ours - before, failure.theirs - before)
-        if seen.kind == "scale":
-            fix = "compare learning rates and schedules; optax counts steps from 0, a scheduler's step comes last"
-            yield Explanation(f"the port's step is {seen.seen.removeprefix('it is ')}", fix)
 
 
 def _start_from(value: float) -> Step:

@@ -8,23 +8,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from flax import linen, nnx
-from torch import nn
 
-from jaxloss.parity._batch import Batch
+from jaxloss.parity._batch import Batch, FlaxLoss
 from jaxloss.parity._layout import Layout, Shape, channels_last, same
 from jaxloss.parity._masks import port_mask
-from jaxloss.parity._original import Original, Recording, State
 from jaxloss.parity._pairs import Call, CallPair, activation_layout, pair_weights
 from jaxloss.parity._port import Arrays, Port
 from jaxloss.parity._programs import Programs, abstract_run
+from jaxloss.parity._recording import LayerCall, Recording, Source, State
 from jaxloss.parity._state_dict import ignored
 from jaxloss.parity._tree_port import FunctionPort, LinenPort
 from jaxloss.parity.weights import Names, check_names
-
-_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
-
 
 ENOUGH = 200  # elements from which a spread can be told
 
@@ -32,7 +27,7 @@ ENOUGH = 200  # elements from which a spread can be told
 class View(NamedTuple):
     """Both frameworks in one dtype."""
 
-    recording: Recording
+    recording: Recording  # its masks as the port drops
     state: State  # the original's, before the run
     port: Port
     programs: Programs
@@ -43,41 +38,37 @@ class Subject:
 
     def __init__(
         self,
-        torch_module: nn.Module,
+        source: Source,
         flax_module: Any,
-        batch: Batch,
-        train: bool,
-        seed: int,
+        flax_batch: Any,
+        loss: FlaxLoss | None,
         feature_maps: Mapping[str, Sequence[int]],
         names: Names | None,
         ignore: Collection[str],
     ) -> None:
         """Runs both once, to see what they call; in float64."""
-        self.torch_module, self.flax_module, self.batch = torch_module, flax_module, batch
-        self.train, self.seed = train, seed
+        self.source, self.flax_module, self.train = source, flax_module, source.train
+        self.batch = Batch(source.inputs, flax_batch, loss)
         self.feature_maps: dict[str, Shape] = {name: tuple(shape) for name, shape in feature_maps.items()}
         self.pairs: list[CallPair] = []
         self.exact = self.view("float64")
+        self.batch.see(self.exact.recording)
         self._pair(self.exact, names, ignore)
         masks = self.exact.recording.masks
         self._choose_values(self.exact)
-        self.exact.recording.masks = self._port_masks(masks, self.exact.recording)
+        self.exact.recording.masks = self.port_masks(masks, self.exact.recording)
 
     def view(self, dtype: str) -> View:
-        """Runs the original in a dtype and copies the port to it."""
-        torch_dtype = getattr(torch, dtype)
-        original = Original(self.torch_module, torch_dtype, train=self.train)
-        state = State(self.torch_module, torch_dtype)
-        recording = original.run(self.batch.torch_inputs, self.batch.torch_objective, self.seed)
+        """The original's run in a dtype, and a copy of the port in it."""
+        recording, state = self.source.recording(dtype), self.source.state
         port = self._port(jnp.dtype(dtype), state.keys())
         port.set_flatten(self._flat_maps(port))
         if self.pairs:
-            recording.masks = self._port_masks(recording.masks, recording)
+            recording.masks = self.port_masks(recording.masks, recording)
         return View(recording, state, port, Programs(port, self.batch, self.pairs))
 
     def _port(self, dtype: np.dtype, preferred: Collection[str]) -> Port:
-        own = {str(t.dtype).removeprefix("torch.") for t in self.torch_module.parameters() if t.is_floating_point()}
-        told = {jnp.dtype(name) for name in ("float32", *own)}
+        told = {jnp.dtype(name) for name in ("float32", *self.source.parameter_dtypes)}
         match self.flax_module:
             case nnx.Module() as module:
                 return Port(module, dtype, train=self.train, told=told, preferred=preferred)
@@ -87,7 +78,7 @@ class Subject:
             case (function, params) if callable(function):
                 return FunctionPort(function, params, dtype)
         raise TypeError(
-            f"check: the port is a {type(self.flax_module).__name__}, expected an nnx.Module, a Linen module with its "
+            f"parity: the port is a {type(self.flax_module).__name__}, expected an nnx.Module, a Linen module with its "
             "variables, or a function with its parameters, each as a pair."
         )
 
@@ -113,30 +104,14 @@ class Subject:
                 values[name] = view.port.cast(value)
         return values
 
-    def original(self) -> Original:
-        """A fresh copy of the original, in float64."""
-        return Original(self.torch_module, torch.float64, train=self.train)
-
-    def trainee(
-        self, optimizer: torch.optim.Optimizer | None, dtype: str = "float64"
-    ) -> tuple[Original, torch.optim.Optimizer]:
-        """A fresh copy of the original with its optimizer; with Adam if there is none."""
-        original = Original(self.torch_module, getattr(torch, dtype), train=self.train, optimizer=optimizer)
-        return original, original.optimizer or torch.optim.Adam(original.module.parameters(), lr=1e-3)
-
-    def backward(self, original: Original, step: int) -> list[np.ndarray]:
-        """Puts the gradients of a training step into the original, and returns what dropout kept."""
-        masks = original.backward(self.batch.torch_inputs, self.batch.torch_objective, self.seed + step)
-        return self._port_masks(masks, self.exact.recording)
-
-    def _port_masks(self, masks: Sequence[np.ndarray], recording: Recording) -> list[np.ndarray]:
-        """As the port drops."""
+    def port_masks(self, masks: Sequence[np.ndarray], recording: Recording) -> list[np.ndarray]:
+        """What dropout kept in a run like the recorded one, as the port drops."""
         flattened = {pair.theirs for pair in self.pairs if pair.ours[0] in self.feature_maps}
         fitted = []
         for mask, drop, ours in zip(masks, recording.drops, self.drops, strict=False):
             before, after = recording.calls[: drop.window][-1:], recording.calls[drop.window : drop.window + 1]
             flax_order = any(call.key in flattened for call in after)
-            image = drop.whole_channels or any(issubclass(call.kind, _CHANNELS_FIRST) for call in before)
+            image = drop.whole_channels or any(map(self._channels_first, before))
             fitted.append(port_mask(mask, drop, ours, flax_order=flax_order, image=image))
         return fitted
 
@@ -147,19 +122,17 @@ class Subject:
 
     def aliased(self) -> Iterator[str]:
         """The port's weights that lie in memory of the original's."""
-        tensors = self.torch_module.state_dict().values()
-        starts = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         for name, weight in self.exact.port.weights.items():
             array = weight.variable.get_value()
             if isinstance(array, jax.Array) and array.is_fully_addressable and len(array.devices()) == 1:
                 pointer = array.unsafe_buffer_pointer()
-                if any(start <= pointer < start + size for start, size in starts.items()):
+                if any(start <= pointer < start + size for start, size in self.source.storages.items()):
                     yield name
 
     @property
     def name(self) -> str:
         """What the whole is called in a report."""
-        return type(self.torch_module).__name__
+        return self.source.name
 
     def title(self, pair: CallPair) -> str:
         """What a call is called in a report."""
@@ -192,7 +165,7 @@ class Subject:
         recording, port = view.recording, view.port
         shapes, result, self.drops = abstract_run(port, self.batch)
         unwanted = ignored(ignore, [*view.state, *view.state.tied])
-        state = {name: shape for name, shape in view.state.shapes().items() if name not in unwanted}
+        state = {name: shape for name, shape in view.state.shapes.items() if name not in unwanted}
         names = {mine: view.state.tied.get(theirs, theirs) for mine, theirs in (names or {}).items()}
         ours = {name: weight.layout.merged for name, weight in port.weights.items()}
         check_names(names, ours, state)
@@ -211,16 +184,15 @@ class Subject:
         self.weight_pairs = {mine: theirs for mine, theirs in self.weight_pairs.items() if mine not in wrong}
         unknown = self.feature_maps.keys() - {weight.layer_name for weight in port.weights.values()}
         if unknown:
-            raise ValueError(f"check: layouts names {', '.join(sorted(unknown))}, which the port does not have.")
+            raise ValueError(f"parity: layouts names {', '.join(sorted(unknown))}, which the port does not have.")
         self._find_feature_maps(recording, layers, port)
         for call in recording.calls:
             if (key := (layers.get(call.name, ""), call.index)) in shapes and call.name in layers:
                 arrived, left = shapes[key]
                 inputs = [
-                    self._layout(call.kind, *both, key)
-                    for both in zip(map(np.shape, call.inputs), arrived, strict=False)
+                    self._layout(call, *both, key) for both in zip(map(np.shape, call.inputs), arrived, strict=False)
                 ]
-                output = self._layout(call.kind, call.output.shape, left, key)
+                output = self._layout(call, call.output.shape, left, key)
                 fitting = [layout for layout in inputs if layout is not None]
                 if output and len(call.inputs) == len(arrived) == len(fitting):
                     self.pairs.append(CallPair(call.key, key, fitting, output))
@@ -252,7 +224,7 @@ class Subject:
     def _output_layout(self, recording: Recording, ours: Shape) -> Layout:
         """The same, or with the channels last; nothing else is the same output."""
         theirs = recording.outputs.shape
-        channels_first = bool(recording.calls) and issubclass(recording.calls[-1].kind, _CHANNELS_FIRST)
+        channels_first = bool(recording.calls) and self._channels_first(recording.calls[-1])
         candidates = [channels_last(theirs)] if len(theirs) > (2 if channels_first else 3) else []
         candidates = [*candidates, same(theirs)] if channels_first else [same(theirs), *candidates]
         for layout in candidates:
@@ -260,15 +232,18 @@ class Subject:
                 if layout != same(theirs):
                     self.batch.notes.append("The port's output has PyTorch's axis 1 last.")
                 return layout
-        raise ValueError(f"check: the port's output is {ours}, PyTorch's {theirs}.")
+        raise ValueError(f"parity: the port's output is {ours}, PyTorch's {theirs}.")
 
-    def _layout(self, kind: type[nn.Module], theirs: Shape, ours: Shape, call: Call) -> Layout | None:
+    def _layout(self, call: LayerCall, theirs: Shape, ours: Shape, key: Call) -> Layout | None:
         return activation_layout(
             tuple(theirs),
             tuple(ours),
-            channels_first=issubclass(kind, _CHANNELS_FIRST),
-            feature_map=self.feature_maps.get(call[0]),
+            channels_first=self._channels_first(call),
+            feature_map=self.feature_maps.get(key[0]),
         )
+
+    def _channels_first(self, call: LayerCall) -> bool:
+        return self.source.modules[call.name].channels_first
 
     def _flat_maps(self, port: Port) -> dict[str, Shape]:
         """The feature maps that layers with a plain kernel read as one axis; a LinearGeneral's tells its own."""
@@ -315,7 +290,7 @@ class Subject:
     def _arrives_in_torchs_order(self, name: str, view: View) -> bool:
         masks, feature_maps = view.recording.masks, self.feature_maps
         self.feature_maps = {}  # as if it did
-        fitted = replace(view.recording, masks=self._port_masks(masks, view.recording))
+        fitted = replace(view.recording, masks=self.port_masks(masks, view.recording))
         self.feature_maps = feature_maps
         cut = view.programs.cut(self.values(), fitted)
         pair = next((pair for pair in self.pairs if pair.ours[0] == name), None)

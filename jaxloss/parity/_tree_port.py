@@ -56,7 +56,7 @@ class FunctionPort(Port):
             weight = Weight(leaf, layout, module, name)
             full = ".".join((*layer, _SHORT.get(attribute) or NAMES.get(attribute, attribute)))
             if full in self.weights:
-                raise ValueError(f"check: two parameters of the port would be called {full} in PyTorch.")
+                raise ValueError(f"parity: two parameters of the port would be called {full} in PyTorch.")
             self.weights[full] = weight
 
     @property

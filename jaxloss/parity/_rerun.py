@@ -1,0 +1,108 @@
+"""Why a port differs: PyTorch is run again with one call changed, until it gives what the port gives."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from jaxloss.parity._changes import insertions
+from jaxloss.parity._diagnosis import edge_of
+from jaxloss.parity._faults import matches
+from jaxloss.parity._findings import Explanation, Failure
+from jaxloss.parity._layout import Layout, permuted
+from jaxloss.parity._live import Live
+from jaxloss.parity._original import Functions
+from jaxloss.parity._state_dict import to_numpy
+from jaxloss.parity._step_diagnosis import explain_step
+from jaxloss.parity._subject import Subject
+
+
+def explain(live: Live, subject: Subject, failures: Sequence[Failure]) -> Iterator[Explanation]:
+    """Everything that PyTorch, changed, explains of the first failure."""
+    place = failures[0].finding.place
+    if place.startswith("step "):
+        yield from explain_step(live, subject, failures)
+    elif place == "loss":
+        yield from _of_loss(live, subject, failures[0])
+    elif place in subject.places:
+        yield from _of_edge(live, subject, failures[0])
+    else:
+        yield from _of_layer(live, subject, failures[0])
+
+
+def _of_layer(live: Live, subject: Subject, failure: Failure) -> Iterator[Explanation]:
+    """A changed call inside the layer that gives the port's output from the same inputs."""
+    pair = next(pair for pair in subject.pairs if subject.title(pair) == failure.finding.place)
+    call = next(call for call in subject.exact.recording.calls if call.key == pair.theirs)
+    original = live.original()
+    layer = original.layers[call.name]
+
+    def run(functions: Functions) -> np.ndarray:
+        inputs = [torch.from_numpy(array) for array in call.inputs]
+        with torch.no_grad(), functions:
+            return to_numpy(layer(*inputs))
+
+    yield from _changed(run, pair.output, failure.ours, partial(Functions, 0, inside=True))
+    yield from _inserted(call.output, pair.output, failure.ours)
+
+
+def _of_edge(live: Live, subject: Subject, failure: Failure) -> Iterator[Explanation]:
+    """A changed call between two layers that gives what arrives after it in the port."""
+    pair, call, windows = edge_of(subject, failure)
+    theirs = subject.exact.recording.outputs if call is None else call.inputs[0]
+    layout = subject.batch.layout if pair is None else pair.inputs[0]
+    assert layout is not None
+
+    def run(functions: Functions) -> np.ndarray:
+        original = live.original()
+        with torch.no_grad():
+            calls, outputs = original.forward(original.cast(live.inputs), functions)
+        if pair is None:
+            return to_numpy(outputs)
+        return next(call.inputs[0] for call in calls if call.key == pair.theirs)
+
+    yield from _changed(run, layout, failure.ours, partial(Functions, live.seed, windows=windows))
+    yield from _inserted(theirs, layout, failure.ours)
+
+
+def _changed(
+    run: Callable[[Functions], np.ndarray], layout: Layout, ours: np.ndarray, watch: Callable[..., Functions]
+) -> Iterator[Explanation]:
+    """Runs with one call changed after the other, and yields those that give ours."""
+    probe = watch()
+    run(probe)
+    for call, count in enumerate(probe.alternatives):
+        for alternative in range(count):
+            functions = watch(change=(call, alternative))
+            try:
+                result = run(functions)
+            except (RuntimeError, ValueError, TypeError, IndexError):
+                continue  # this alternative does not fit what follows
+            if _equals(result, layout, ours):
+                yield Explanation(functions.changed.meaning, functions.changed.fix)
+
+
+def _equals(result: np.ndarray, layout: Layout, ours: np.ndarray) -> bool:
+    return result.shape == layout.merged and matches(ours, layout.to_flax(result))
+
+
+def _inserted(theirs: np.ndarray, layout: Layout, ours: np.ndarray) -> Iterator[Explanation]:
+    for change in insertions(torch.from_numpy(theirs)):
+        if _equals(to_numpy(change.result()), layout, ours):
+            yield Explanation(change.meaning, change.fix)
+
+
+def _of_loss(live: Live, subject: Subject, failure: Failure) -> Iterator[Explanation]:
+    """A changed loss that gives the port's value or gradient."""
+
+    def run(functions: Functions) -> np.ndarray:
+        outputs = torch.from_numpy(subject.exact.recording.outputs).requires_grad_()
+        with functions:
+            loss = live.objective(outputs)
+        gradient = torch.autograd.grad(loss, outputs)[0]
+        return to_numpy(gradient if failure.finding.quantity == "gradient" else loss)
+
+    layout = subject.batch.layout if failure.finding.quantity == "gradient" else permuted((), ())
+    assert layout is not None
+    yield from _changed(run, layout, failure.ours, partial(Functions, 0, inside=True))
