@@ -21,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
 from jaxloss import parity
+from jaxloss.parity import load_torch
 from jaxloss.parity._live import Live
 from jaxloss.parity._recording import sketch
 from parity_tests import larger
@@ -73,11 +74,10 @@ def make(name: str) -> tuple[nn.Module, nnx.Module, torch.Tensor, Any]:
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", MODELS)
-def test_our_models_equal_their_originals(name, train):
+def test_our_models_equal_their_originals(name, train, parity):
     module, port, batch, losses = make(name)
     sgd = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9), optax.sgd(0.05, momentum=0.9)
     report = parity.check(module, port, batch, losses=losses, train=train, optimizers=sgd if train else None)
-    assert report.ok, str(report)
     places = ["the input", *LAYERS.get(name, ["fc1", "fc2"]), "the output"]
     expected = {*places[1:-1], *(f"between {a} and {b}" for a, b in itertools.pairwise(places))}
     assert expected | {"loss", "whole network", "step 10"} <= report.places().keys()
@@ -166,8 +166,15 @@ def test_flaxs_own_initialisation_is_noticed():
     assert any("initialisation differs in weight (standard deviation 0.18" in note for note in report.notes)
 
 
+def test_weights_that_all_move_alike_are_no_missed_fault(parity):
+    torch.manual_seed(7)  # every gradient has the same sign: after a step of Adam the weights are equal but for 1e-13
+    original = nn.LayerNorm(4)
+    port = load_torch(nnx.LayerNorm(4, epsilon=1e-5, rngs=nnx.Rngs(0)), original.state_dict())
+    parity.check(original, port, torch.randn(3, 4), steps=1, dtypes=["float64"])
+
+
 @pytest.mark.parametrize("order", ["flax", "torch"])
-def test_flatten_order_of_a_fresh_port_is_found(order):
+def test_flatten_order_of_a_fresh_port_is_found(order, parity):
     class Port(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
             self.conv = nnx.Conv(1, 4, (3, 3), padding=0, rngs=rngs)
@@ -178,11 +185,10 @@ def test_flatten_order_of_a_fresh_port_is_found(order):
             return self.fc((x if order == "flax" else x.transpose(0, 3, 1, 2)).reshape(len(x), -1))
 
     torch.manual_seed(0)
-    report = parity.check(TorchFlat(), Port(nnx.Rngs(1)), torch.randn(4, 1, 7, 5), steps=0, dtypes=["float64"])
-    assert report.ok, str(report)
+    parity.check(TorchFlat(), Port(nnx.Rngs(1)), torch.randn(4, 1, 7, 5), steps=0, dtypes=["float64"])
 
 
-def test_layers_with_other_names_are_paired_in_order():
+def test_layers_with_other_names_are_paired_in_order(parity):
     class Port(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
             self.body = nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), nnx.relu, nnx.Linear(4, 4, rngs=rngs))
@@ -194,18 +200,16 @@ def test_layers_with_other_names_are_paired_in_order():
     torch.manual_seed(0)
     original = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 3))
     report = parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), steps=1, dtypes=["float64"])
-    assert report.ok, str(report)
     assert report.weight_map["body.2.weight"] == "2.weight"
     assert report.weight_map["top.bias"] == "3.bias"
 
 
-def test_larger_network_is_paired_by_order_and_passes():
+def test_larger_network_is_paired_by_order_and_passes(parity):
     torch.manual_seed(0)
     original = randomise(larger.TorchLarger())
     report = parity.check(
         original, larger.FlaxLarger(nnx.Rngs(0)), torch.randn(4, 3, 16, 16), steps=1, dtypes=["float64"]
     )
-    assert report.ok, str(report)
     layers = {finding.place for finding in report.findings if finding.quantity == "output"} - {"whole network"}
     assert len([place for place in layers if not place.startswith("between")]) == 32
     assert report.weight_map["attentions.1.narrow.weight"] == "encoders.1.mlp.2.weight"
@@ -274,16 +278,15 @@ class FlaxDropsFlat(nnx.Module):
         (False, False, True, False),
     ],
 )
-def test_dropout_of_a_flattened_map_gets_the_same_mask(torch_before, before, transpose, copied):
+def test_dropout_of_a_flattened_map_gets_the_same_mask(torch_before, before, transpose, copied, parity):
     torch.manual_seed(0)
     original, port = TorchDropsFlat(torch_before), FlaxDropsFlat(before, transpose)
     if not copied:
-        parity.load_torch(port, original.state_dict(), flatten={} if transpose else {"fc": (4, 5, 3)})
-    report = parity.check(original, port, torch.randn(4, 1, 7, 5), train=True, steps=2, dtypes=["float64"])
-    assert report.ok, str(report)
+        load_torch(port, original.state_dict(), flatten={} if transpose else {"fc": (4, 5, 3)})
+    parity.check(original, port, torch.randn(4, 1, 7, 5), train=True, steps=2, dtypes=["float64"])
 
 
-def test_jit_inside_a_port_with_dropout_passes():
+def test_jit_inside_a_port_with_dropout_passes(parity):
     @nnx.jit
     def forward(port: Any, x: jax.Array) -> jax.Array:
         return port.second(port.dropout(nnx.relu(port.first(x))))
@@ -298,11 +301,10 @@ def test_jit_inside_a_port_with_dropout_passes():
 
     torch.manual_seed(0)
     original = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3))
-    report = parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), train=True, steps=1, dtypes=["float64"])
-    assert report.ok, str(report)
+    parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), train=True, steps=1, dtypes=["float64"])
 
 
-def test_recurrent_layer_may_start_from_a_constant_state():
+def test_recurrent_layer_may_start_from_a_constant_state(parity):
     class Original(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -326,12 +328,11 @@ def test_recurrent_layer_may_start_from_a_constant_state():
 
     torch.manual_seed(0)
     report = parity.check(Original(), Port(nnx.Rngs(0)), torch.randn(5, 3, 4), steps=1, dtypes=["float64"])
-    assert report.ok, str(report)
     assert "cell (call 3)" in report.places()
 
 
 @pytest.mark.parametrize("transform", ["checkpoint", "cond", "scan"])
-def test_layers_inside_other_transforms_are_left_whole(transform):
+def test_layers_inside_other_transforms_are_left_whole(transform, parity):
     class Port(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
             self.first, self.second = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
@@ -348,17 +349,15 @@ def test_layers_inside_other_transforms_are_left_whole(transform):
     torch.manual_seed(0)
     original = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
     report = parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), steps=1, dtypes=["float64"])
-    assert report.ok, str(report)
     assert {"2", "whole network"} <= report.places().keys()
 
 
-def test_port_in_the_originals_half_precision_passes():
+def test_port_in_the_originals_half_precision_passes(parity):
     torch.manual_seed(0)
     original = nn.Linear(40, 30, dtype=torch.bfloat16)
     port = nnx.Linear(40, 30, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    parity.load_torch(port, original.state_dict())
-    report = parity.check(original, port, torch.randn(8, 40), steps=1, dtypes=["float64", "bfloat16"])
-    assert report.ok, str(report)
+    load_torch(port, original.state_dict())
+    parity.check(original, port, torch.randn(8, 40), steps=1, dtypes=["float64", "bfloat16"])
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (4096,), (4097,), (300, 700)])

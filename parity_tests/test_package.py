@@ -29,12 +29,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_wheel_ships_jaxloss_alone(wheel):
+def test_wheel_ships_jaxloss_and_its_pytest_plugin_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"jaxloss"}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
+        "jaxloss",
+        "_jaxloss_pytestplugin.py",
+    }
     assert "jaxloss/py.typed" in names
     assert "jaxloss/parity/weights.py" in names
-    assert {f"jaxloss/parity/templates/report.{kind}" for kind in ("html.jinja", "css", "js")} <= set(names)
+    templates = ("index.html.jinja", "report.html.jinja", "report.css", "report.js")
+    assert {f"jaxloss/parity/templates/{name}" for name in templates} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

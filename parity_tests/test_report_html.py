@@ -18,9 +18,11 @@ from flax import nnx
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from _jaxloss_pytestplugin import Checked
 from jaxloss import parity
 from jaxloss.parity._detail import Detail, bin_end
 from jaxloss.parity._findings import Finding
+from jaxloss.parity._html import save_index
 from jaxloss.parity._layout import Layout, channels_last, permuted, same
 from parity_tests.zoo import CASES, run
 
@@ -97,6 +99,14 @@ def many_times(once: parity.Report, times: int) -> parity.Report:
     return replace(once, findings=findings, background=background)
 
 
+def save_index_of_hostile_tests(path: Path) -> None:
+    good, bad = (
+        Checked(name, name == "Net", f"differs:\n  {name}", 3, 0.5, name, 1, 1, "a.html")
+        for name in ("Net", HOSTILE[0])
+    )
+    save_index([("tests.py::test_it[a]", good), (f"tests.py::test_it[{HOSTILE[2]}]", bad)], path)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     driver = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[test]'")
@@ -115,7 +125,10 @@ def visit(browser: Any, tmp_path: Path) -> Iterator[Any]:
 
     def open_page(name: str, **options: Any) -> Any:
         path = tmp_path / f"{name}.html"
-        report(name).to_html(path)
+        if name == "index":
+            save_index_of_hostile_tests(path)
+        else:
+            report(name).to_html(path)
         page = browser.new_page(**options)
         page.set_default_timeout(10_000)
         opened.append(page)
@@ -238,6 +251,18 @@ def test_hostile_names_are_text(visit, tmp_path):
     report("hostile").to_junit(tmp_path / "report.xml")
     cases = ET.parse(tmp_path / "report.xml").iter("testcase")
     assert {*HOSTILE} <= {case.get("name") for case in cases}
+
+
+def test_index_of_a_test_run_puts_what_differs_first(visit):
+    page = visit("index", viewport={"width": 360, "height": 640})
+    assert page.locator("h1").inner_text() == "1 of 2 differ from PyTorch"
+    first, second = page.locator(".tests li").all()
+    assert first.inner_text().count(HOSTILE[0]) == 3
+    assert HOSTILE[2] in first.inner_text()
+    assert first.get_by_role("link").get_attribute("href") == "a.html"
+    assert "3 tensors, at most 0.5\N{MULTIPLICATION SIGN} of what is allowed (Net)" in second.inner_text()
+    assert page.evaluate("typeof ran") == "undefined"
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 360
 
 
 def test_page_reads_without_scripts(visit):

@@ -130,7 +130,12 @@ def mutants(array: np.ndarray, bound: float) -> dict[str, np.ndarray]:
     norm = float(np.linalg.norm(flat[finite].astype(np.float64)))
     element = flat.copy()
     where = int(np.argmax(np.where(finite, np.abs(flat.astype(np.float64)), -1)))
-    wrong = {"order": np.roll(flat, 1).reshape(array.shape)}
+    wrong = {}
+    rolled = np.roll(flat, 1)
+    both = finite & np.isfinite(rolled)
+    moved = np.linalg.norm(rolled[both].astype(np.float64) - flat[both].astype(np.float64))
+    if moved > 4 * bound * norm or (finite != np.isfinite(rolled)).any():  # some arrays are the same in any order
+        wrong["order"] = rolled.reshape(array.shape)
     if jnp.issubdtype(array.dtype, jnp.floating):
         element[where] += 4 * bound * norm or 1
         wrong |= {"sign": -array, "scale": array * (1 + 4 * bound)}

@@ -35,6 +35,13 @@ class Finding:
         """Whether the arrays agree."""
         return not self.problem and self.error <= self.bound
 
+    @property
+    def ratio(self) -> float:
+        """The error as a multiple of what is allowed; infinite where nothing is, or nothing can be compared."""
+        if self.problem or np.isnan(self.error):
+            return np.inf
+        return self.error / self.bound if self.bound else np.inf if self.error else 0.0
+
     def __str__(self) -> str:
         """One line, or three where there is a diagnosis."""
         what = f"{self.place}: {self.quantity}"

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from jaxloss.parity._background import Errors, Stage, StepDistance
 from jaxloss.parity._compare import HALF_UNIT
 from jaxloss.parity._detail import Detail, bin_end
+from jaxloss.parity._environment import environment
 from jaxloss.parity._findings import Finding
 from jaxloss.parity._report import Report
 
@@ -57,18 +58,11 @@ class Row:
 
 def save_page(report: Report, path: Path) -> None:
     """Writes the page. What UTF-8 cannot hold, lone surrogates, is written as escapes."""
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "times": _times, "power": _power}
-    style, script = ((_FOLDER / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     rows, dtypes = _rows(report), _dtypes(report)
     tabled = {row.place for row in rows}
-    page = environment.get_template("report.html.jinja").render(
+    _save(
+        "report",
+        path,
         report=report,
         first=report.first_divergence,
         name=report.background.name or "The port",
@@ -80,6 +74,21 @@ def save_page(report: Report, path: Path) -> None:
         shown=_shown(report, dtypes),
         histogram=_histogram,
         digits=_DIGITS,
+    )
+
+
+def save_index(checks: Sequence[tuple[str, Any]], path: Path) -> None:
+    """Writes the list of a test run's checks, each with its test's name, which links to their pages."""
+    _save("index", path, checks=checks, failed=sum(not check.ok for _, check in checks), versions=environment())
+
+
+def _save(template: str, path: Path, **content: Any) -> None:
+    loader = FileSystemLoader(_FOLDER)
+    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    jinja.filters |= {"number": _number, "times": _times, "power": _power}
+    style, script = ((_FOLDER / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    page = jinja.get_template(f"{template}.html.jinja").render(
+        **content,
         style=Markup(style),  # both are files of ours; the policy allows nothing else
         script=Markup(script),
         style_hash=_hash(style),

@@ -48,6 +48,19 @@ class Report:
         bounds = [f.bound for f in exact if np.isfinite(f.bound)]
         return max(bounds, default=np.inf)
 
+    @property
+    def worst(self) -> tuple[float, str]:
+        """The largest error as a multiple of what is allowed, at most 1 in a right port, and where it is."""
+        if not self.findings:
+            return 0.0, "nothing was compared"
+        worst = max(self.findings, key=lambda finding: finding.ratio)
+        return worst.ratio, f"{worst.place}: {worst.quantity}" + (f", {worst.dtype}" if worst.dtype else "")
+
+    @property
+    def verdict(self) -> str:
+        """The first lines of the printed report: whether it is ok, and the first divergence with its fix if not."""
+        return "\n".join(self._head())
+
     def failures(self) -> Iterator[Finding]:
         """Every finding that failed."""
         return (finding for finding in self.findings if not finding.ok)
@@ -58,8 +71,7 @@ class Report:
 
     def __rich__(self) -> Tree:
         """A tree of places, the failed ones open."""
-        head, *rest = self._head()
-        tree = Tree(Text("\n".join([head, *rest]), style="bold green" if self.ok else "bold red"))
+        tree = Tree(Text(self.verdict, style="bold green" if self.ok else "bold red"))
         for place, findings in self.places().items():
             failed = [finding for finding in findings if not finding.ok]
             style = "red" if failed else "green"
@@ -159,7 +171,7 @@ def _mark(findings: Sequence[Finding]) -> str:
 
 
 def _summary(findings: Sequence[Finding]) -> str:
-    worst = max(findings, key=lambda f: (not f.ok, f.error / f.bound if f.bound else 0))
+    worst = max(findings, key=lambda finding: (not finding.ok, finding.ratio))
     failed = [f.quantity for f in findings if not f.ok]
     what = ", ".join(dict.fromkeys(failed)) if failed else f"{len(findings)} tensors"
     return f"{what}; worst {worst.error:.1e} of {worst.bound:.1e} allowed ({worst.quantity}, {worst.dtype})"

@@ -1,0 +1,103 @@
+"""The pytest plugin in a small project of someone else's."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from _jaxloss_pytestplugin import Checked, Summary
+from parity_tests.commands import start_python
+
+PORT = """
+import torch
+from flax import nnx
+from jaxloss.parity import load_torch
+
+def ported(**options):
+    original = torch.nn.LayerNorm(4)
+    return original, load_torch(nnx.LayerNorm(4, rngs=nnx.Rngs(0), **options), original.state_dict())
+
+def check(parity, **options):
+    return parity.check(*ported(**options), torch.randn(3, 4), steps=1, dtypes=["float64"])
+"""
+TESTS = """
+from port import check, ported
+
+def test_right(parity):
+    assert check(parity, epsilon=1e-5).ok
+    check(parity, epsilon=1e-5)
+
+def test_wrong(parity):
+    check(parity, epsilon=1e-6)
+
+def test_recorded(parity, tmp_path):
+    import torch
+    from jaxloss.parity import record
+    original, port = ported(epsilon=1e-5)
+    record(tmp_path / "norm.safetensors", original, torch.randn(3, 4), steps=1, dtypes=["float64"])
+    parity.replay(tmp_path / "norm.safetensors", port)
+
+def test_without():
+    pass
+"""
+
+
+def run_pytest(folder: Path, *options: str) -> tuple[int, str]:
+    process = start_python("-m", "pytest", "-p", "no:cacheprovider", *options, cwd=folder)
+    output, error = process.communicate(timeout=240)
+    return process.returncode, output + error
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "port.py").write_text(PORT)
+    (tmp_path / "test_port.py").write_text(TESTS)
+    return tmp_path
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_a_planted_fault_fails_with_its_reason_and_the_mended_port_passes(project: Path, processes: str) -> None:
+    status, output = run_pytest(project, "-n", processes, "--parity-report", "reports/parity")
+    assert status == 1
+    assert "1 failed, 3 passed" in output
+    failure = output.partition("short test summary")[0]
+    assert "The port's epsilon is 1e-06, PyTorch's 1e-05." in failure
+    assert "_jaxloss_pytestplugin.py" not in failure, "the traceback ends in the test"
+    assert re.search(
+        r"parity: 1 of 4 checks failed, \d+ tensors, worst ratio .+ \(.+\), (\d+)/\1 mutants killed", output
+    )
+    index = (project / "reports/parity/index.html").read_text()
+    pages = re.findall(r'<a href="(test_port\.py-test_\w+-\w{8}-\d\.html)">', index)
+    names = [re.sub(r"^test_port\.py-test_|-\w{8}|\.html$", "", page) for page in pages]
+    assert names[0] == "wrong-0"
+    assert sorted(names[1:]) == ["recorded-0", "right-0", "right-1"]
+    assert all("<h1>" in (project / "reports/parity" / page).read_text() for page in pages)
+    if processes == "0":
+        (project / "test_port.py").write_text(TESTS.replace("1e-6", "1e-5"))
+        status, output = run_pytest(project, "--parity-report", "reports/parity")
+        assert status == 0, output
+        assert re.search(r"parity: \d+ tensors, worst ratio 0\.\d+ \(.+, float64\), (\d+)/\1 mutants killed", output)
+        assert "All 4 agree with PyTorch" in (project / "reports/parity/index.html").read_text()
+
+
+def test_plugin_leaves_jax_alone_where_nothing_is_checked(project: Path) -> None:
+    (project / "conftest.py").write_text("import sys\nassert not {'jax', 'torch', 'jaxloss'} & sys.modules.keys()\n")
+    (project / "test_port.py").write_text("def test_nothing():\n    pass\n")
+    status, output = run_pytest(project)
+    assert status == 0, output
+    assert "parity:" not in output
+
+
+def test_folder_that_cannot_be_made_is_an_error_of_usage(project: Path) -> None:
+    status, output = run_pytest(project, "--parity-report", "port.py/reports")
+    assert status == 4
+    assert "ERROR: --parity-report: " in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(0.123, "0.12"), (5e3, "over 1000"), (float("inf"), "infinite")])
+def test_line_names_the_worst(ratio: float, said: str) -> None:
+    summary = Summary(None)
+    for each in (ratio, 0.01):
+        summary.checked.append(("test", Checked("Net", True, "", 7, each, f"at {each}", 2, 3, None)))
+    assert summary.line() == f"parity: 14 tensors, worst ratio {said} (at {ratio}), 4/6 mutants killed"
