@@ -431,7 +431,7 @@ def test_json_holds_what_the_page_shows(tmp_path):
     assert written["steps"]["float64"][0].keys() == {"ours", "noise", "allowed"}
     assert written["stages"]["up"]["free"]["float64"].keys() == {"ours", "reference"}
     assert {"jax", "torch", "python", "platform", "device"} <= written["environment"].keys()
-    assert {"ours": "up.weight", "theirs": "up.weight", "shape": [4, 4], "torch_shape": [4, 4]} in written["weights"]
+    assert {"ours": "up.kernel", "theirs": "up.weight", "shape": [4, 4], "torch_shape": [4, 4]} in written["weights"]
 
 
 def test_junit_has_a_case_per_place_and_says_why(tmp_path):

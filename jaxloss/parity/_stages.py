@@ -24,6 +24,6 @@ def weight_pairs(subject: Subject) -> Iterator[WeightPair]:
     theirs = subject.exact.state.shapes
     for ours, weight in subject.exact.port.weights.items():
         name = subject.weight_pairs.get(ours, "")
-        yield WeightPair(ours, name, weight.layout.shape, theirs.get(name, ()))
+        yield WeightPair(weight.flax_name, name, weight.layout.shape, theirs.get(name, ()))
     for name in subject.unmatched_theirs:
         yield WeightPair("", name, (), theirs[name])

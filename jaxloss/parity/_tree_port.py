@@ -53,7 +53,7 @@ class FunctionPort(Port):
             name = ".".join(layer)
             module = self._modules.get(name)
             layout = _leaf_layout(module, attribute, leaf.shape, tuple(self.flatten.get(name, ())))
-            weight = Weight(leaf, layout, module, name)
+            weight = Weight(leaf, layout, module, name, ".".join((*layer, attribute)))
             full = ".".join((*layer, _SHORT.get(attribute) or NAMES.get(attribute, attribute)))
             if full in self.weights:
                 raise ValueError(f"parity: two parameters of the port would be called {full} in PyTorch.")

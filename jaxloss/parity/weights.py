@@ -188,6 +188,7 @@ class Weight(NamedTuple):
     layout: Layout
     layer: object
     layer_name: str  # as PyTorch would have it
+    flax_name: str
 
 
 Weights = dict[str, Weight]
@@ -203,7 +204,7 @@ def weights_of(module: nnx.Module, flatten: FeatureMaps | None) -> Weights:
         feature_map = tuple((flatten or {}).get(layer_name, ()))
         name = NAMES.get(attribute, attribute) if isinstance(layer, _LAYERS) else attribute
         layout = _layout(layer, attribute, variable.shape, feature_map)
-        weights[".".join((*path, name))] = Weight(variable, layout, layer, layer_name)
+        weights[".".join((*path, name))] = Weight(variable, layout, layer, layer_name, ".".join((*path, attribute)))
     return weights
 
 
