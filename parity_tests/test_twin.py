@@ -5,9 +5,11 @@ from dataclasses import replace
 import matplotlib.image
 import numpy as np
 import pytest
+from hypothesis import settings
 from rich.console import Console
 
 from jaxloss.parity import to_torch
+from parity_tests.noise_floor import SEEDS, distances, median_ratio
 from train import twin
 from train.config import RECIPES
 from train.data import load
@@ -40,6 +42,17 @@ def test_float64_weights_are_the_same_after_an_epoch(twins):
 def test_first_float32_gradient_is_as_near_to_float64_as_pytorchs(twins):
     exact = twins.torch64.gradient
     assert twin.distance(twins.jax32.gradient, exact) < 3 * twin.distance(twins.torch32.gradient, exact)
+
+
+@pytest.mark.skipif(settings.default.max_examples < 1000, reason="takes minutes: --hypothesis-profile=thorough")
+@pytest.mark.parametrize("model", RECIPES["digits"])
+def test_float32_weights_are_within_three_times_the_noise_floor(model):
+    found = np.array([distances(model, seed) for seed in SEEDS])
+    assert median_ratio(found) <= 3
+
+
+def test_the_noise_floor_tells_other_weights():
+    assert median_ratio(np.array([(4.0, 1.0, 4.0), (5.0, 1.0, 5.0), (0.1, 1.0, 1.0)])) == 4.0
 
 
 def test_another_seed_gives_other_weights(twins):
