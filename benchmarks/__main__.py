@@ -1,6 +1,6 @@
 """`python -m benchmarks`: every speed and memory figure of the README, side by side with what one would use instead.
 
-Answers are compared before anything is timed. Needs the extra `test`.
+Answers are compared before anything is timed. Needs the extra `test`; torch.compile needs a C++ compiler.
 """
 
 import json
@@ -8,50 +8,73 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from tyro.conf import FlagCreatePairsOff, arg
 
-from benchmarks import accuracy, linear, losses, train
-from benchmarks.timing import PLATFORM, about, pin_malloc
+from benchmarks import plots
+from benchmarks.timing import LEFT_OUT, PLATFORM, about, pin_malloc
 
-SUITES = {"losses": losses, "linear": linear, "train": train, "accuracy": accuracy}
+ALL = ("losses", "linear", "train", "start")
 PINNED = ("losses", "linear")  # a whole program is timed as it runs for users
+TURNS, QUICK_TURNS = 40, 2
+ROUGH = "--quick: few turns, small shapes. These figures are rough, and say nothing."
 
 
 @dataclass(frozen=True)
 class Options:
     """Time jaxloss against its peers, interleaved in one run."""
 
-    suite: Literal["losses", "linear", "train", "accuracy", "all"] = "all"
-    """What to measure. All is the first three: accuracy needs MNIST, and hours without a GPU."""
-    turns: int = 40
-    """Turns of each implementation and case, of five timed calls each (fewer where a call takes long)."""
-    json_dir: Path | None = None
-    """Also write SUITE-PLATFORM.json here, such as losses-cpu.json."""
+    suite: Literal["losses", "linear", "train", "start", "accuracy", "all"] = "all"
+    """What to measure. All is all but accuracy, which needs MNIST, and hours without a GPU."""
+    quick: bool = False
+    """Everything once, in seconds, to see that it runs: a few small shapes. Its figures are rough."""
+    turns: int | None = None
+    """Turns of each implementation and case, of five timed calls each (fewer where a call takes long). By default 40,
+    quick 2."""
+    json: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Also write SUITE-PLATFORM.json into this folder, such as losses-cpu.json."""
+    plot: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Also draw SUITE-PLATFORM-*.svg into this folder. `python -m benchmarks.plots` draws what was measured earlier."""
 
 
 def main() -> None:
-    """Measure, print, and write the results if asked."""
-    options = tyro.cli(Options, prog="python -m benchmarks")
+    """Measure, print, write and draw."""
+    options = tyro.cli(Options, prog="python -m benchmarks", config=(FlagCreatePairsOff,))
     if options.suite == "all":
-        for name in ("losses", "linear", "train"):
+        for name in ALL:
             subprocess.run([sys.executable, "-m", "benchmarks", *sys.argv[1:], "--suite", name], check=True)
         return
     if options.suite in PINNED:
         pin_malloc()
-    console = Console()
-    console.print(about())
-    file = options.json_dir and options.json_dir / f"{options.suite}-{PLATFORM}.json"
-    rows: list[dict[str, Any]] = []
+    run(options)
+
+
+def run(options: Options) -> None:
+    """One suite, until it ends or is interrupted."""
+    console, suite = Console(), import_module(f"benchmarks.{options.suite}")
+    name = f"{options.suite}-{PLATFORM}"
+    results: dict[str, Any] = about() | {"quick": options.quick, "rows": []}
+    console.print({key: value for key, value in results.items() if key != "rows"})
+    for what, why in LEFT_OUT.items():
+        console.print(f"{what} is left out: it {why}")
+    if options.json:
+        options.json.mkdir(parents=True, exist_ok=True)
+    turns = options.turns or (QUICK_TURNS if options.quick else TURNS)
     with suppress(KeyboardInterrupt):  # what was measured until then is shown
-        for row in SUITES[options.suite].measure(options.turns):
-            rows.append(row)
-            if file:
-                file.write_text(json.dumps(about() | {"rows": rows}, indent=1) + "\n")
-    console.print(*SUITES[options.suite].tables(rows))
+        for row in suite.measure(turns, quick=options.quick):
+            results["rows"].append(row)
+            if options.json:
+                (options.json / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    console.print(*suite.tables(results["rows"]))
+    if options.plot:
+        console.print(*plots.draw(results["rows"], options.plot, name), sep="\n")
+    if options.quick:
+        console.print(ROUGH)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ and compiling. PyTorch has every image on its device too, and its fused Adam. Ne
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from threading import Event
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.timing import PLATFORM, TORCH, wait
+from benchmarks.timing import HAS_COMPILER, PLATFORM, TORCH, wait
 from train import originals
 from train.config import ModelName, Recipe, RngName
 from train.data import Dataset, Split, load
@@ -51,9 +52,9 @@ def reached(accuracies: Iterator[float], compiling: float) -> Reached:
     return Reached(time.perf_counter() - start, epochs, accuracy, compiling)
 
 
-def ours(model: ModelName, data: Dataset, rng: RngName) -> Callable[[int], Reached]:
+def ours(model: ModelName, recipe: Recipe, data: Dataset, rng: RngName) -> Callable[[int], Reached]:
     """Trains from a seed as the command does."""
-    learner = Learner(model, RECIPES[model], data, 0, rng, dispatch=DISPATCH)
+    learner = Learner(model, recipe, data, 0, rng, dispatch=DISPATCH)
 
     def train(seed: int) -> Reached:
         learner.start(seed)
@@ -66,15 +67,16 @@ def ours(model: ModelName, data: Dataset, rng: RngName) -> Callable[[int], Reach
 class TorchTraining:
     """The same training in PyTorch, as one would write it for one device."""
 
-    def __init__(self, model: ModelName, data: Dataset, *, compiled: bool) -> None:
+    def __init__(self, model: ModelName, recipe: Recipe, data: Dataset, *, compiled: bool) -> None:
         """Compiles once for all seeds, by training a little."""
         self.model: ModelName = model
+        self.recipe = recipe
         self.module = self.fresh(0)
         self.loss = getattr(F, LOSSES[model].__name__)
         self.train, self.test = (self.placed(split) for split in (data.train, data.test))
         self.run = torch.compile(self.module, mode="reduce-overhead") if compiled else self.module
         start = time.perf_counter()
-        few = tuple(part[: 20 * RECIPES[model].batch_size] for part in self.train)
+        few = tuple(part[: 20 * recipe.batch_size] for part in self.train)
         for _ in range(2):
             self.train_epoch(few, self.optimizer())
             self.accuracy()
@@ -87,7 +89,7 @@ class TorchTraining:
 
     def optimizer(self) -> torch.optim.Optimizer:
         """A new one."""
-        return torch.optim.Adam(self.module.parameters(), lr=RECIPES[self.model].lr, fused=True)
+        return torch.optim.Adam(self.module.parameters(), lr=self.recipe.lr, fused=True)
 
     def placed(self, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels as the model sees them, and labels."""
@@ -98,7 +100,7 @@ class TorchTraining:
         """In a new order."""
         self.module.train()
         images, labels = split
-        for rows in torch.randperm(len(labels)).to(TORCH).split(RECIPES[self.model].batch_size):
+        for rows in torch.randperm(len(labels)).to(TORCH).split(self.recipe.batch_size):
             optimizer.zero_grad()
             self.loss(self.run(images[rows]), labels[rows]).backward()
             optimizer.step()
@@ -118,23 +120,28 @@ class TorchTraining:
         wait()
 
         def accuracies() -> Iterator[float]:
-            for _ in range(RECIPES[self.model].epochs):
+            for _ in range(self.recipe.epochs):
                 self.train_epoch(self.train, optimizer)
                 yield self.accuracy()
 
         return reached(accuracies(), self.compiling)
 
 
-def measure(turns: int) -> Iterator[dict[str, Any]]:
-    """A row for each model, seed and implementation; as many seeds as turns, at most ten."""
-    data = load("mnist")
-    for model in RECIPES:
+def measure(turns: int, *, quick: bool) -> Iterator[dict[str, Any]]:
+    """A row for each model, seed and implementation; as many seeds as turns, at most ten.
+
+    Quick is an epoch of scikit-learn's digits.
+    """
+    data = load("digits" if quick else "mnist")
+    recipes: dict[ModelName, Recipe] = {"net": replace(RECIPES["net"], epochs=1)} if quick else RECIPES
+    for model, recipe in recipes.items():
         trainings = {
-            OURS: ours(model, data, "torch"),
-            OURS_JAX: ours(model, data, "jax"),
-            EAGER: TorchTraining(model, data, compiled=False),
-            COMPILED: TorchTraining(model, data, compiled=True),
+            OURS: ours(model, recipe, data, "torch"),
+            OURS_JAX: ours(model, recipe, data, "jax"),
+            EAGER: TorchTraining(model, recipe, data, compiled=False),
         }
+        if HAS_COMPILER:
+            trainings[COMPILED] = TorchTraining(model, recipe, data, compiled=True)
         for seed in track(SEEDS[:turns], description=model, transient=True):
             for name in random.sample(list(trainings), len(trainings)):
                 yield {"model": model, "implementation": name, "seed": seed} | trainings[name](seed)._asdict()

@@ -1,7 +1,9 @@
 """The losses, value alone and with gradient, against optax, plain jax.nn and PyTorch, beside a pass over the logits."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -14,13 +16,14 @@ from rich.table import Table
 from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
-from benchmarks.timing import TORCH, Calls, assert_same_answers, medians, told, wait
+from benchmarks.timing import HAS_COMPILER, TORCH, Calls, assert_same_answers, medians, temporaries, told, wait
 
 SHAPES = [(128, 10), (8192, 10), (1024, 1000), (8, 128, 128, 21), (256, 32000), (1024, 32768), (1024, 131072)]
 VALUE, BOTH = "value", "value and gradient"
 OURS, OPTAX, PLAIN, EAGER, COMPILED = "jaxloss", "optax", "plain jax.nn", "PyTorch eager", "torch.compile"
 BARE = "without options"  # another loss, which is timed to see what they cost
 PASSES = {VALUE: ("sum(x)", jnp.sum), BOTH: ("x + 1", lambda x: x + 1)}
+Measures = dict[str, Callable[[], int]]
 SMOOTHED = {"label_smoothing": 0.1, "ignore_index": 0}
 
 
@@ -99,20 +102,22 @@ def examples(kind: Kind, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray
     return logits, labels
 
 
-def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...]) -> Calls:
-    """Calls without arguments that return the value, or the value and its gradient, finished; PyTorch eager last."""
+def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...]) -> tuple[Calls, Measures]:
+    """Calls without arguments that return the value, or the value and its gradient, finished; PyTorch eager last.
+
+    And for each in JAX, what gives the bytes of temporaries of its compiled program.
+    """
     logits, targets = examples(kind, shape)
     factors = np.random.default_rng(1).normal(size=shape).astype(np.float32)  # the gradient of what has no scalar value
     integers = targets.dtype == np.int32
     z, t, g = jnp.asarray(logits, dtype), jnp.asarray(targets, None if integers else dtype), jnp.asarray(factors, dtype)
 
-    def jitted(loss: Callable) -> Callable[[], list[jax.Array]]:
+    def jitted(loss: Callable) -> Any:
         def both(z: jax.Array, t: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
             value, pull = jax.vjp(lambda z: loss(z, t), z)
             return value, *pull(g if value.ndim else jnp.ones_like(value))
 
-        step = jax.jit(both if quantity == BOTH else lambda z, t, g: loss(z, t))
-        return lambda: jax.tree.leaves(jax.block_until_ready(step(z, t, g)))
+        return jax.jit(both if quantity == BOTH else lambda z, t, g: loss(z, t))
 
     def in_torch(array: np.ndarray) -> torch.Tensor:
         tensor = torch.tensor(array, device=TORCH)
@@ -132,15 +137,23 @@ def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...
 
         return call
 
-    calls: Calls = {name: jitted(loss) for name, loss in kind.jax.items()}
-    if kind.compiled and quantity == BOTH:
+    steps = {name: jitted(loss) for name, loss in kind.jax.items()}
+    held = {name: partial(temporaries, step, z, t, g) for name, step in steps.items()}
+    calls: Calls = {
+        name: lambda step=step: jax.tree.leaves(jax.block_until_ready(step(z, t, g))) for name, step in steps.items()
+    }
+    if HAS_COMPILER and kind.compiled and quantity == BOTH:
         torch.compiler.reset()
         calls[COMPILED] = in_pytorch(torch.compile(kind.torch, dynamic=False))
-    return calls | {EAGER: in_pytorch(kind.torch)}
+    return calls | {EAGER: in_pytorch(kind.torch)}, held
 
 
-def cases() -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
-    """Every kind, quantity, dtype and shape."""
+def cases(*, quick: bool) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
+    """Every kind, quantity, dtype and shape; quick: every kind once, and one of the rest."""
+    if quick:
+        yield from ((name, BOTH, "float32", (128, 10)) for name in KINDS)
+        yield "cross_entropy", VALUE, "bfloat16", (2, 8, 8, 21)
+        return
     for name, kind in KINDS.items():
         for quantity in kind.quantities:
             for dtype in kind.dtypes:
@@ -155,17 +168,19 @@ def outside_jit() -> Calls:
     return calls | {EAGER: lambda: [F.cross_entropy(leaf, long)]}
 
 
-def measure(turns: int) -> Iterator[dict[str, Any]]:
+def measure(turns: int, *, quick: bool) -> Iterator[dict[str, Any]]:
     """Rows of the table: fewer turns from 1 million logits on."""
-    for name, quantity, dtype, shape in track(list(cases()), description="measuring losses", transient=True):
-        calls = implementations(KINDS[name], quantity, dtype, shape)
+    every = list(cases(quick=quick))
+    for name, quantity, dtype, shape in track(every, description="measuring losses", transient=True):
+        calls, held = implementations(KINDS[name], quantity, dtype, shape)
         row = {"loss": name, "of": quantity, "dtype": dtype, "shape": shape}
         comparable = {name: call for name, call in calls.items() if name != BARE}
         row["first call, seconds"] = assert_same_answers(comparable, dtype)
+        row["temporaries"] = {name: measured() for name, measured in held.items()}
         label, function = PASSES[quantity]
         x, one_pass = jnp.asarray(examples(KINDS[name], shape)[0], dtype), jax.jit(function)
         calls[label] = lambda one_pass=one_pass, x=x: jax.block_until_ready(one_pass(x))
-        few = max(turns // (1 if np.prod(shape) < 1e6 else 5 if np.prod(shape) < 1e8 else 10), 2)
+        few = max(turns // (1 if np.prod(shape) < 1e6 else 5 if np.prod(shape) < 1e8 else 10), 1 if quick else 2)
         yield row | {"milliseconds": medians(calls, few)}
     calls = outside_jit()
     assert_same_answers(calls)
@@ -174,10 +189,14 @@ def measure(turns: int) -> Iterator[dict[str, Any]]:
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Table]:
-    """Ratios of our median to each peer's and to a pass over the logits, with both quartiles of ours for the noise."""
+    """Ratios of our median to each peer's and to a pass over the logits, with both quartiles of ours for the noise.
+
+    And in a second table the temporaries of JAX's programs, in MiB and in arrays of the logits' shape.
+    """
     peers = (OPTAX, PLAIN, EAGER, COMPILED, BARE)
-    head = ("loss", "of", "dtype", "logits", f"{OURS} ms (quartiles)")
-    table = Table(*head, *(f"/ {peer}" for peer in peers), "/ a pass", "compiles, s")
+    head = ("loss", "of", "dtype", "logits")
+    table = Table(*head, f"{OURS} ms (quartiles)", *(f"/ {peer}" for peer in peers), "/ a pass", "compiles, s")
+    memory = Table(*head, *(f"{name}: temporaries, MiB (logits)" for name in (OURS, OPTAX, PLAIN)))
     for row in rows:
         times = row["milliseconds"]
         spread = "{median:.3g} ({q1:.3g}-{q3:.3g})".format(**times[OURS])
@@ -185,5 +204,16 @@ def tables(rows: list[dict[str, Any]]) -> list[Table]:
         a_pass = next((told(times, OURS, label) for label, _ in PASSES.values() if label in times), "")
         first = f"{row['first call, seconds'][OURS]:.1f}" if "first call, seconds" in row else ""
         shape = " x ".join(map(str, row["shape"]))
-        table.add_row(row["loss"], row["of"], row["dtype"], shape, spread, *ratios, a_pass, first)
-    return [table]
+        case = row["loss"], row["of"], row["dtype"], shape
+        table.add_row(*case, spread, *ratios, a_pass, first)
+        if "temporaries" in row:
+            memory.add_row(*case, *(amount(row, name) for name in (OURS, OPTAX, PLAIN)))
+    return [table, memory]
+
+
+def amount(row: dict[str, Any], name: str) -> str:
+    """Temporaries, for a table."""
+    if name not in row["temporaries"]:
+        return ""
+    held = row["temporaries"][name]
+    return f"{held / 2**20:.2f} ({held / math.prod(row['shape']) / jnp.dtype(row['dtype']).itemsize:.2f})"

@@ -10,6 +10,7 @@ next, so a turn starts with untimed calls.
 import os
 import platform
 import random
+import shutil
 import statistics
 import sys
 import time
@@ -36,6 +37,9 @@ MATMUL = "float32"  # what products of float32 matrices compute in
 if TORCH.type == "cuda":  # as XLA does by default
     torch.set_float32_matmul_precision("high")
     MATMUL = "tf32"
+CXX = os.environ.get("CXX", "g++")
+HAS_COMPILER = shutil.which(CXX) is not None
+LEFT_OUT = {} if HAS_COMPILER else {"torch.compile": f"needs a C++ compiler: install {CXX}, or name another in $CXX"}
 
 
 def pin_malloc() -> None:
@@ -52,6 +56,7 @@ def about() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "malloc": {name: os.environ[name] for name in MALLOC if name in os.environ},
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "torch", "numpy")},
+        "left out": LEFT_OUT,
     }
 
 
@@ -109,10 +114,18 @@ def medians(calls: Calls, turns: int) -> dict[str, dict[str, float]]:
                 elapsed = time.perf_counter() - start
                 del result
                 milliseconds[name].append(1e3 * elapsed)
-    return {
-        name: dict(zip(("q1", "median", "q3"), statistics.quantiles(times, n=4), strict=True))
-        for name, times in milliseconds.items()
-    }
+    return {name: quartiles(times) for name, times in milliseconds.items()}
+
+
+def quartiles(times: list[float]) -> dict[str, float]:
+    """And the median; of a single time, that time."""
+    found = statistics.quantiles(times, n=4) if len(times) > 1 else 3 * times
+    return dict(zip(("q1", "median", "q3"), found, strict=True))
+
+
+def temporaries(jitted: Any, *arguments: Any) -> int:
+    """Bytes that a compiled program holds besides its arguments and results."""
+    return jitted.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
 def ratio(times: Times, ours: str, peer: str) -> str:
@@ -120,9 +133,15 @@ def ratio(times: Times, ours: str, peer: str) -> str:
     return f"{times[ours]['median'] / times[peer]['median']:.2f}"
 
 
+def spread(times: Times, ours: str, peer: str) -> tuple[float, float]:
+    """Between which the ratio is, with both implementations anywhere in their middle halves."""
+    a, b = times[ours], times[peer]
+    return a["q1"] / b["q3"], a["q3"] / b["q1"]
+
+
 def told(times: Times, ours: str, peer: str) -> str:
     """The ratio for a table: empty without the peer, marked ~ where the middle halves of both overlap."""
     if peer not in times:
         return ""
-    a, b = times[ours], times[peer]
-    return "~" * (a["q1"] <= b["q3"] and b["q1"] <= a["q3"]) + ratio(times, ours, peer)
+    low, high = spread(times, ours, peer)
+    return "~" * (low <= 1 <= high) + ratio(times, ours, peer)

@@ -4,7 +4,7 @@ Ours is a whole epoch: the order, dropout's masks and the reading of the totals 
 and 20 on an accelerator, which takes them in one dispatch; then everyone takes 20 steps.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from threading import Event
 from typing import Any
@@ -19,7 +19,19 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.timing import MATMUL, PLATFORM, TORCH, Calls, assert_same_answers, medians, ratio, told, wait
+from benchmarks.processes import answer
+from benchmarks.timing import (
+    HAS_COMPILER,
+    MATMUL,
+    PLATFORM,
+    TORCH,
+    Calls,
+    assert_same_answers,
+    medians,
+    ratio,
+    told,
+    wait,
+)
 from jaxloss.parity import load_torch, to_torch
 from train import originals
 from train.config import ModelName, Recipe
@@ -27,6 +39,9 @@ from train.data import Dataset, load
 from train.loop import Learner
 
 CASES: list[tuple[ModelName, int]] = [(model, batch) for model in ("cnn", "net") for batch in (32, 100, 1000)]
+QUICK_CASES: list[tuple[ModelName, int]] = [("net", 32)]
+EPOCH_OF, QUICK_EPOCH_OF = 6000, 600  # images
+DEVICES, QUICK_DEVICES = (1, 2, 4, 8), (2,)
 EPOCH, COMPILED = "epoch", "its compiled programs"
 OURS, EAGER, COMPILED_TORCH, TUTORIAL = "python -m train", "PyTorch eager", "torch.compile", "Flax tutorial"
 STEPS = 1 if PLATFORM == "cpu" else 20  # a call
@@ -152,16 +167,17 @@ def implementations(model: ModelName, batch: int) -> tuple[Calls, Calls]:
         return steps, loss
 
     torch.compiler.reset()
-    eager, compiled = in_pytorch(False), in_pytorch(True)
-    steps = {OURS: ours, TUTORIAL: tutorial, COMPILED_TORCH: compiled[0], EAGER: eager[0]}
-    our_loss = {OURS: lambda: [learner.evaluate()[0].loss]}
-    return steps, our_loss | {TUTORIAL: stock_loss, COMPILED_TORCH: compiled[1], EAGER: eager[1]}
+    steps: Calls = {OURS: ours, TUTORIAL: tutorial}
+    losses: Calls = {OURS: lambda: [learner.evaluate()[0].loss], TUTORIAL: stock_loss}
+    for name, compiled in (*[(COMPILED_TORCH, True)] * HAS_COMPILER, (EAGER, False)):
+        steps[name], losses[name] = in_pytorch(compiled)
+    return steps, losses
 
 
-def whole_and_compiled(model: ModelName) -> Calls:
-    """On CPU: an epoch of 6,000 images in batches of 100, and its compiled programs alone, all inputs drawn before."""
-    learner = Learner(model, recipe_of(100), digits_of(6000), seed=0)
-    parts = [learner._parts(rows)[0] for rows in learner._batches(np.arange(6000))]
+def whole_and_compiled(model: ModelName, images: int) -> Calls:
+    """On CPU: an epoch in batches of 100, and its compiled programs alone, all inputs drawn before."""
+    learner = Learner(model, recipe_of(100), digits_of(images), seed=0)
+    parts = [learner._parts(rows)[0] for rows in learner._batches(np.arange(images))]
 
     def whole() -> None:
         learner.step = 0
@@ -175,28 +191,46 @@ def whole_and_compiled(model: ModelName) -> Calls:
     return {EPOCH: whole, COMPILED: compiled}
 
 
-def measure(turns: int) -> Iterator[dict[str, Any]]:
-    """Times of every case, the larger ones of fewer turns."""
-    for model, batch in track(CASES, description="train", transient=True):
+def communication(model: ModelName, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """What a step sends on so many fake devices, by `benchmarks.communication`."""
+    fake = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={max(counts)}"}
+    return answer("benchmarks.communication", model, *counts, **fake)
+
+
+def measure(turns: int, *, quick: bool) -> Iterator[dict[str, Any]]:
+    """Times of every case, the larger ones of fewer turns; then shares of compiled programs, and what devices send."""
+    cases, least = (QUICK_CASES, 1) if quick else (CASES, 3)
+    models = tuple(dict.fromkeys(model for model, _ in cases))
+    for model, batch in track(cases, description="train", transient=True):
         steps, losses = implementations(model, batch)
         assert_same_answers(losses, MATMUL)
-        times = medians(steps, max(turns * 32 // max(batch, 128), 3))
+        times = medians(steps, max(turns * 32 // max(batch, 128), least))
         yield {"model": model, "batch": batch, "steps": STEPS, "milliseconds": times}
-    for model in ("cnn", "net") if PLATFORM == "cpu" else ():
-        yield {"model": model, "milliseconds": medians(whole_and_compiled(model), max(turns // 8, 3))}
+    for model in models if PLATFORM == "cpu" else ():
+        calls = whole_and_compiled(model, QUICK_EPOCH_OF if quick else EPOCH_OF)
+        times = medians(calls, max(turns // 8, least))
+        yield {"model": model, "of": "whole epochs", "milliseconds": times}
+    for model in models:
+        for found in communication(model, QUICK_DEVICES if quick else DEVICES):
+            yield {"model": model} | found
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Table]:
-    """Ratios of our median to each peer's, and of what is compiled to the whole."""
+    """Ratios of our median to each peer's, of what is compiled to the whole, and of what is sent to the parameters."""
     peers = (EAGER, COMPILED_TORCH, TUTORIAL)
-    table = Table("model", "batch", f"{OURS} ms a step", "images/s", *(f"/ {peer}" for peer in peers))
+    times = Table("model", "batch", f"{OURS} ms a step", "images/s", *(f"/ {peer}" for peer in peers))
     epochs = Table("model", "share of an epoch's time in compiled programs")
+    volumes = Table("model", "devices", "sent in a step on each: operations and KiB", "/ all parameters")
     for row in rows:
-        times = row["milliseconds"]
-        if "batch" not in row:
-            epochs.add_row(row["model"], ratio(times, COMPILED, EPOCH))
-            continue
-        ours = times[OURS]["median"] / row["steps"]
-        ratios = (told(times, OURS, peer) for peer in peers)
-        table.add_row(row["model"], str(row["batch"]), f"{ours:.3g}", f"{1e3 * row['batch'] / ours:,.0f}", *ratios)
-    return [table, epochs]
+        if "sent" in row:
+            each = (f"{row['operations'][kind]} {kind}: {count / 2**10:.0f}" for kind, count in row["sent"].items())
+            share = f"{sum(row['sent'].values()) / row['parameters']:.2f}"
+            volumes.add_row(row["model"], str(row["devices"]), ", ".join(each), share)
+        elif "batch" in row:
+            ours = row["milliseconds"][OURS]["median"] / row["steps"]
+            ratios = (told(row["milliseconds"], OURS, peer) for peer in peers)
+            rate = f"{1e3 * row['batch'] / ours:,.0f}"
+            times.add_row(row["model"], str(row["batch"]), f"{ours:.3g}", rate, *ratios)
+        else:
+            epochs.add_row(row["model"], ratio(row["milliseconds"], COMPILED, EPOCH))
+    return [times, epochs, volumes]

@@ -1,30 +1,64 @@
-"""What crosses devices in a compiled program."""
+"""What a compiled program is made of: passes over large arrays, what it holds, what moves between devices."""
 
+import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax
+
+from benchmarks.hlo import collectives
 
 GATHERS = ("all-gather", "all-to-all", "collective-permute")
+FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant")  # operations that touch no memory
 
 
-class Collective(NamedTuple):
-    kind: str
-    sizes: list[int]
-    """Elements of each result on one device."""
-    in_loop: bool
+class Costs(NamedTuple):
+    """Of a program, beside the size of its first argument."""
+
+    passes: int
+    """Operations, fused ones as one, that take or give an array of that size; one that takes few elements counts."""
+    written: int
+    """Those that give one."""
+    exponentials: int
+    """Of an array of that size."""
+    products: int
+    """Matrix products of any size."""
+    temporaries: float
+    """Bytes held besides arguments and results, over those of the first argument."""
 
 
-def collectives(compiled: Any) -> list[Collective]:
-    """Every collective operation of a compiled program."""
-    pattern = r"= (\(.*?\)|\S+) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\("
-    found = []
-    for line in compiled.as_text().splitlines():
-        if match := re.search(pattern, line):
-            shapes = re.findall(r"[a-z]\w*\[([\d,]*)\]", match[1])
-            sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
-            found.append(Collective(match[2], sizes, "while/body" in line))
-    return found
+def costs(function: Callable[..., Any], *arguments: Any) -> Costs:
+    """Those of the function compiled for these arguments, which may be shapes."""
+    compiled = jax.jit(function).lower(*arguments).compile()
+    text, elements = compiled.as_text(), arguments[0].size
+    sizes: dict[str, int] = {}
+    passes = written = 0
+    for name, shape, operation, operands in re.findall(
+        r"^ *(?:ROOT )?(%\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)", text[text.index("\nENTRY") :], re.MULTILINE
+    ):
+        sizes[name] = largest(shape)
+        if operation in FREE:
+            continue
+        written += sizes[name] >= elements
+        passes += (
+            max(sizes[name], *(sizes.get(each, 0) for each in ["", *re.findall(r"%[\w.-]+", operands)])) >= elements
+        )
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / (elements * arguments[0].dtype.itemsize)
+    exponentials = [largest(shape) for shape in re.findall(r"= (\S+) exponential\(", text)]
+    return Costs(passes, written, sum(n >= elements for n in exponentials), text.count(" dot("), temporaries)
+
+
+def largest(shape: str) -> int:
+    """Elements of the largest array in a shape as XLA prints it."""
+    arrays = re.findall(r"\w\[([\d,]*)\]", shape)
+    return max((math.prod(int(n) for n in array.split(",") if n) for array in arrays), default=0)
+
+
+def kept_bytes(function: Callable[..., Any], *arguments: jax.Array) -> int:
+    """Bytes that reverse mode with respect to these arguments keeps between the passes, the arguments included."""
+    kept = jax.jit(lambda *args: jax.vjp(function, *args)[1]).eval_shape(*arguments)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
 def gathered_sizes(compiled: Any) -> list[int]:

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxloss
-from parity_tests.hlo import collectives, gathered_sizes
+from benchmarks.hlo import collectives
+from parity_tests.hlo import gathered_sizes
 
 ROOT = Path(__file__).parents[1]
 TOKENS, FEATURES, CLASSES = 32, 8, 128

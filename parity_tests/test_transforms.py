@@ -11,6 +11,7 @@ from jax import export, lax
 from jax.test_util import check_grads
 
 import jaxloss
+from parity_tests.hlo import kept_bytes
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -188,12 +189,6 @@ def test_derivatives_of_confident_rows_match_the_formula(kind, order, x64):
     for _ in range(order):
         ours, formula = jax.jacfwd(ours), jax.jacrev(formula)
     close(jax.jit(ours)(logits), jax.jit(formula)(logits), rtol=1e-9, atol=1e-14)
-
-
-def kept_bytes(loss: Callable, *arguments: jax.Array) -> int:
-    """Bytes that reverse mode with respect to the first argument keeps between the passes, that argument included."""
-    kept = jax.jit(lambda *args: jax.vjp(loss, *args)[1]).eval_shape(*arguments)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
 @pytest.mark.parametrize(

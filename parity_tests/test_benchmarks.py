@@ -1,0 +1,117 @@
+"""Every suite runs, and what it writes is what its tables and its pictures read."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from benchmarks import plots
+from benchmarks.__main__ import ALL
+from benchmarks.growth import curves
+from benchmarks.hlo import collectives
+from benchmarks.timing import HAS_COMPILER, assert_same_answers, quartiles, spread, told
+
+ROOT = Path(__file__).parents[1]
+WIDTH = 300  # no table is narrowed
+KINDS = {  # of rows: the keys that hold what is measured
+    "losses": {"milliseconds", "temporaries"},
+    "linear": {"milliseconds", "temporaries", "resident"},
+    "train": {"milliseconds", "sent"},
+    "start": {"milliseconds"},
+    "accuracy": {"seconds"},
+}
+
+
+def run_quick(suite: str, folder: Path, **environment: str) -> str:
+    """What the command prints: wide, on one device and core, of programs that compile quickly, in one turn."""
+    hidden = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    variables = {name: value for name, value in os.environ.items() if name not in hidden}
+    variables |= {"COLUMNS": str(WIDTH), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "OMP_NUM_THREADS": "1"} | environment
+    options = ["--suite", suite, "--quick", "--turns", "1", "--json", folder, "--plot", folder]
+    command = [sys.executable, "-m", "benchmarks", *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("suite", KINDS)
+def test_suite_runs_from_end_to_end(suite, tmp_path):
+    compiles = suite == "losses" and HAS_COMPILER  # torch.compile takes long
+    printed = run_quick(suite, tmp_path, **({} if compiles else {"CXX": "no-such-compiler"}))
+    results = json.loads((tmp_path / f"{suite}-cpu.json").read_text())
+    assert results["quick"]
+    assert "figures are rough" in printed
+    rows = results["rows"]
+    assert {key for row in rows for key in row} >= KINDS[suite]
+    assert ("torch.compile" in {name for row in rows for name in row.get("milliseconds", ())}) == compiles
+    assert ("torch.compile is left out: it needs a C++ compiler" in printed) != compiles
+    tables = import_module(f"benchmarks.{suite}").tables(rows)
+    assert all(table.row_count > 0 for table in tables)
+    console = Console(file=StringIO(), width=WIDTH)
+    console.print(*tables)
+    assert console.file.getvalue() in printed
+    pictures = {path.name: path.read_bytes() for path in plots.draw(rows, tmp_path / "again", f"{suite}-cpu")}
+    assert pictures
+    assert pictures == {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
+    for row in rows:  # the gradients of all parameters, at least
+        assert sum(row.get("sent", {}).values()) >= row.get("parameters", 0)
+
+
+def test_all_runs_every_suite_but_accuracy():
+    assert {*ALL, "accuracy"} == set(KINDS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.stem)
+def test_committed_results_are_no_rough_ones_and_can_be_drawn(path, tmp_path):
+    results = json.loads(path.read_text())
+    assert not results.get("quick")
+    assert plots.draw(results["rows"], tmp_path, path.stem)
+
+
+def test_other_answers_are_not_timed():
+    answers = {"jaxloss": 1.0, "optax": 1.001, "PyTorch eager": 1.0}
+    calls = {name: lambda value=value: [np.full(3, value, np.float32)] for name, value in answers.items()}
+    with pytest.raises(AssertionError, match="optax"):
+        assert_same_answers(calls)
+    assert set(assert_same_answers(calls | {"optax": calls["jaxloss"]})) == set(answers)
+
+
+def test_ratio_is_marked_where_the_middle_halves_overlap():
+    times = {"ours": quartiles([1.0, 2.0, 3.0]), "near": quartiles([2.5, 3.0, 3.5]), "far": quartiles([7.0, 8.0, 9.0])}
+    assert (told(times, "ours", "near"), told(times, "ours", "far"), told(times, "ours", "none")) == (
+        "~0.67",
+        "0.25",
+        "",
+    )
+    assert spread(times, "ours", "far") == (1 / 9, 3 / 7)
+    assert quartiles([2.0]) == {"q1": 2.0, "median": 2.0, "q3": 2.0}
+
+
+def test_slope_is_the_power_of_growth():
+    shapes = [(64, 8, classes) for classes in (100, 200, 400)]
+    rows = [{"shape": s, "along": "classes", "temporaries": {"square": s[2] ** 2, "constant": 7}} for s in shapes]
+    square, constant = curves([*rows, {"shape": shapes[0], "temporaries": {"square": 1}}])
+    assert square.slope == pytest.approx(2)
+    assert constant.slope == pytest.approx(0)
+    assert square.fixed == "64 tokens x 8 features"
+
+
+def test_bytes_of_collectives_are_those_of_their_results():
+    class Compiled:
+        def as_text(self) -> str:
+            return """
+  %a = (f32[5,5]{1,0}, bf16[3]{0}, pred[]) all-reduce(%x, %y, %z), to_apply=%add
+  ROOT %b = s32[2,4]{1,0} all-gather-start(%c), metadata={op_name="jit(f)/while/body/g"}
+  %d = f32[100]{0} add(%all-reduce.1, %e)
+"""
+
+    first, second = collectives(Compiled())
+    assert (first.kind, first.sizes, first.bytes, first.in_loop) == ("all-reduce", [25, 3, 1], 100 + 6 + 1, False)
+    assert (second.kind, second.sizes, second.bytes, second.in_loop) == ("all-gather", [8], 32, True)

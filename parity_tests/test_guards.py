@@ -1,0 +1,140 @@
+"""How much the losses do and hold, read off their compiled programs; no clock. Each guard fails on a worse loss.
+
+The numbers are what XLA makes of them today on CPU: lower ones are welcome, higher ones cost time or memory.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxloss
+from parity_tests.hlo import Costs, costs, kept_bytes
+
+SMALL = 0.1  # of the logits: arrays of a row's or a class's size
+
+
+def weighted(logits, targets):
+    weight = jnp.linspace(0.5, 1.5, logits.shape[-1])
+    return jaxloss.cross_entropy(logits, targets, weight=weight, label_smoothing=0.1, ignore_index=0)
+
+
+def one_hot_loss(logits, targets):
+    return -jnp.mean(jnp.sum(jax.nn.one_hot(targets, logits.shape[-1]) * jnp.log(jax.nn.softmax(logits)), -1))
+
+
+def one_hot_nll(log_probs, targets):
+    one_hot = jax.nn.one_hot(targets, log_probs.shape[-1], dtype=log_probs.dtype)
+    return -jnp.trace(one_hot @ log_probs.T) / len(targets)
+
+
+LOSSES = {  # and what is worse
+    "cross_entropy": (jaxloss.cross_entropy, one_hot_loss),
+    "three options": (weighted, lambda z, t: weighted(z, t) + 0.1 * one_hot_loss(z, t)),
+    "log_softmax": (lambda z, t: jaxloss.log_softmax(z), lambda z, t: jnp.log(jax.nn.softmax(z))),
+    "nll_loss": (jaxloss.nll_loss, one_hot_nll),
+}
+
+
+def with_gradient(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """The result, and its pullback to the logits, of the result itself."""
+
+    def both(logits, targets):
+        result, pull = jax.vjp(lambda z: function(z, targets), logits)
+        return result, pull(result)
+
+    return both
+
+
+def exceeded(found: Costs, allowed: Costs) -> list[str]:
+    return [name for name in Costs._fields if getattr(found, name) > getattr(allowed, name)]
+
+
+@pytest.mark.rounding
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "value", "both"),
+    [
+        ("cross_entropy", (128, 10), "float32", Costs(2, 0, 1, 0, 0.4), Costs(5, 2, 1, 0, 0.6)),
+        ("cross_entropy", (128, 1000), "float32", Costs(3, 0, 1, 0, SMALL), Costs(7, 4, 1, 0, SMALL)),
+        ("cross_entropy", (128, 1000), "bfloat16", Costs(4, 1, 1, 0, 2 + SMALL), Costs(9, 6, 1, 0, 4 + SMALL)),
+        ("three options", (128, 1000), "float32", Costs(4, 0, 1, 0, SMALL), Costs(9, 5, 1, 0, 1 + SMALL)),
+        ("log_softmax", (128, 1000), "float32", Costs(4, 1, 2, 0, SMALL), Costs(6, 2, 3, 0, SMALL)),
+        ("nll_loss", (128, 1000), "float32", Costs(1, 0, 0, 0, SMALL), Costs(2, 1, 0, 0, SMALL)),
+    ],
+)
+def test_passes_over_the_logits_exponentials_products_and_temporaries(name, shape, dtype, value, both):
+    arguments = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    ours, worse = LOSSES[name]
+    for transform, allowed in ((lambda f: f, value), (with_gradient, both)):
+        found = costs(transform(ours), *arguments)
+        assert not exceeded(found, allowed), found
+        assert exceeded(costs(transform(worse), *arguments), allowed)
+
+
+def test_nll_loss_keeps_nothing_of_the_size_of_the_log_probabilities():
+    log_probs, targets = jnp.ones((64, 512)), jnp.zeros(64, jnp.int32)
+    few = SMALL * log_probs.nbytes
+    assert kept_bytes(lambda x: jaxloss.nll_loss(x, targets, weight=jnp.ones(512)), log_probs) <= few
+    assert kept_bytes(lambda x: jnp.mean(jnp.log1p(-x)) + jaxloss.nll_loss(x, targets), log_probs) > few
+
+
+def test_linear_cross_entropy_keeps_its_gradients_and_no_logits():
+    tokens, features, classes = 64, 16, 512
+    inputs, weight, targets = jnp.ones((tokens, features)), jnp.ones((classes, features)), jnp.zeros(tokens, jnp.int32)
+    few = inputs.nbytes + weight.nbytes + SMALL * 4 * tokens * classes
+    assert kept_bytes(lambda x, w: jaxloss.linear_cross_entropy(x, w, targets), inputs, weight) <= few
+    assert kept_bytes(lambda x, w: jaxloss.cross_entropy(x @ w.T, targets), inputs, weight) > few
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """Grows by one with every program that XLA compiles."""
+    found: list[str] = []
+
+    def listener(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
+LOGITS, TARGETS = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32), np.array([0, 4, 2, -100, 1, 3])
+INPUTS, LINEAR = LOGITS[:, :3], LOGITS[:5, :3]
+WEIGHT = np.linspace(0.5, 1.5, 5, dtype=np.float32)
+CALLS: dict[str, Callable[[float], Any]] = {  # the same call with other values of everything that has values
+    "log_softmax": lambda k: jaxloss.log_softmax(k * LOGITS),
+    "nll_loss": lambda k: jaxloss.nll_loss(k * LOGITS, TARGETS, weight=k * WEIGHT),
+    "class indices": lambda k: jaxloss.cross_entropy(LOGITS, np.roll(TARGETS, int(10 * k))),
+    "cross_entropy": lambda k: jaxloss.cross_entropy(LOGITS, TARGETS, weight=k * WEIGHT, label_smoothing=k, z_loss=k),
+    "probabilities": lambda k: jaxloss.cross_entropy(LOGITS, k * np.abs(LOGITS), label_smoothing=k, z_loss=k),
+    "kl_div": lambda k: jaxloss.kl_div(k * LOGITS, k * np.abs(LOGITS)),
+    "linear_cross_entropy": lambda k: jaxloss.linear_cross_entropy(
+        k * INPUTS, LINEAR, TARGETS, linear_bias=k * WEIGHT, weight=k * WEIGHT, label_smoothing=k, logit_softcap=k
+    ),
+    "linear_log_prob": lambda k: jaxloss.linear_log_prob(k * INPUTS, LINEAR, TARGETS, temperature=k),
+    "a criterion": lambda k: jaxloss.CrossEntropyLoss(weight=k * WEIGHT, label_smoothing=k)(LOGITS, TARGETS),
+    "the gradient": lambda k: jax.grad(jaxloss.cross_entropy)(k * LOGITS, TARGETS, label_smoothing=k),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_other_values_outside_of_jit_never_compile_anew(name, compilations):
+    CALLS[name](0.1)
+    compilations.clear()
+    for value in (0.1, 0.2, 0.7):
+        CALLS[name](value)
+    assert not compilations
+
+
+def test_a_static_option_would_be_seen_to_compile_anew(compilations):
+    loss = jax.jit(partial(jaxloss.cross_entropy, LOGITS), static_argnames="label_smoothing")
+    for value in (0.1, 0.2):
+        compilations.clear()
+        loss(TARGETS, label_smoothing=value)
+        assert compilations
