@@ -123,7 +123,7 @@ class Live:
         masks: list[list[np.ndarray]] = []
         for step in range(1, self._steps + 1):
             for parameter in filter(torch.is_floating_point, original.module.parameters() if nudge else ()):
-                terms = parameter[0].numel() if parameter.ndim else 1
+                terms = math.prod(parameter.shape[1:])
                 moves = torch.rand(parameter.shape, dtype=parameter.dtype, generator=random).mul_(2).sub_(1)
                 parameter.data.mul_(moves.mul_(terms * torch.finfo(parameter.dtype).eps).add_(1))
             masks.append(self.backward(original, step))
