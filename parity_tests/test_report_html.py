@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from _jaxloss_pytestplugin import Checked
 from jaxloss import parity
+from jaxloss.parity._background import Errors
 from jaxloss.parity._detail import Detail, bin_end
 from jaxloss.parity._findings import Finding
 from jaxloss.parity._html import save_index
@@ -76,12 +77,20 @@ def line(names: list[str], *, approximate: bool = False, swapped: str = "", **op
 
 @cache
 def report(name: str) -> parity.Report:
-    """Of a right port, of a broken one, of one with hostile names, and of one with a hundred layers."""
+    """Of a right port, of broken ones, of one with hostile names, and of one with a hundred layers."""
     match name:
         case "right":
             return run(CASES["flat"], steps=3)
         case "broken":
             return line(["up", "down"], approximate=True, steps=2, dtypes=["float64"])
+        case "not finite":
+            once = report("broken")
+            wrong = {"up": Errors(np.nan, 1e-12), "down": Errors(np.inf, 1e-12)}
+            stages = {
+                p: replace(s, forced={"float64": wrong.get(p) or s.forced["float64"]})
+                for p, s in once.background.stages.items()
+            }
+            return replace(once, background=replace(once.background, stages=stages))
         case "hostile":
             return line([*HOSTILE], swapped=HOSTILE[0], steps=0, dtypes=["float64"])
     return many_times(report("broken"), 50)
@@ -192,6 +201,14 @@ def test_sorting_and_filtering(visit, name):
     page.uncheck("#failed")
     page.select_option("#least", "1000")
     assert len(shown(page)) < len(every)
+
+
+def test_what_is_not_finite_is_the_largest_error(visit):
+    page = visit("not finite")
+    page.click(".sort[data-key=forced]")
+    assert shown(page)[:2] == ["up up", "down down"]
+    page.select_option("#least", "1000")
+    assert {"up up", "down down"} <= set(shown(page))
 
 
 def test_dtypes_can_be_switched(visit):
