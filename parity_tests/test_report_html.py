@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -439,6 +440,14 @@ def test_detail_of_a_large_permuted_array():
     detail = Detail.of(ours, theirs, layout)
     assert sum(detail.ours) == ours.size
     assert [(e.index, e.torch_index) for e in detail.worst] == [((3, 5), (5, 3)), ((650, 123), (123, 650))]
+
+
+def test_detail_copies_no_large_array_whose_first_axis_is_short():
+    array = np.ones((1, 4096, 1024))
+    tracemalloc.start()
+    assert Detail.of(array, array, same(array.shape)).ours == (array.size,)
+    assert tracemalloc.get_traced_memory()[1] < array.nbytes
+    tracemalloc.stop()
 
 
 def test_json_holds_what_the_page_shows(tmp_path):
