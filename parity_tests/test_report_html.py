@@ -205,7 +205,11 @@ def test_sorting_and_filtering(visit, name):
 
 
 def test_what_is_not_finite_is_the_largest_error(visit):
-    page = visit("not finite")
+    page = visit("not finite", viewport={"width": 360, "height": 740})
+    assert page.locator(".forced .value").all_inner_texts()[1] == "not finite"
+    heights = page.locator(".forced .value:visible").evaluate_all("values => values.map(value => value.offsetHeight)")
+    assert max(heights) < 1.5 * min(heights), "in one line"
+    page.set_viewport_size({"width": 1280, "height": 800})
     page.click(".sort[data-key=forced]")
     assert shown(page)[:2] == ["up up", "down down"]
     page.select_option("#least", "1000")
