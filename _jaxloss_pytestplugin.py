@@ -32,6 +32,7 @@ class Checked(NamedTuple):
 
 
 CHECKED = pytest.StashKey[list[Checked]]()
+FOLDER = pytest.StashKey[Path | None]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,7 +46,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Makes the folder, and has the process that prints sum up."""
-    if folder := _folder(config):
+    option = config.getoption("--parity-report")
+    folder = config.stash[FOLDER] = Path(option).absolute() if option else None  # now: a test may go elsewhere
+    if folder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -54,17 +57,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Summary(folder), "jaxloss-summary")
 
 
-def _folder(config: pytest.Config) -> Path | None:
-    option = config.getoption("--parity-report")
-    return Path(option).absolute() if option else None
-
-
 class Parity:
     """`jaxloss.parity` for a test: a check that finds a difference fails it, with the reason."""
 
     def __init__(self, node: pytest.Item) -> None:
-        """Of one test."""
-        self._node, self._checked = node, node.stash.setdefault(CHECKED, [])
+        """Of one test; one that is run again starts anew."""
+        self._node = node
+        self._checked = node.stash[CHECKED] = []
 
     def check(self, *args: Any, **options: Any) -> "Report":
         """`jaxloss.parity.check`, with its arguments.
@@ -90,7 +89,7 @@ class Parity:
     def _judged(self, report: "Report") -> "Report":
         __tracebackhide__ = True
         page = None
-        if folder := _folder(self._node.config):
+        if folder := self._node.config.stash[FOLDER]:
             page = _page_name(self._node.nodeid, len(self._checked))
             report.to_html(folder / page)
         ratio, worst = report.worst
@@ -104,7 +103,8 @@ class Parity:
 
 def _page_name(test: str, number: int) -> str:
     """A file name that tells the test, and is of this check alone."""
-    readable = re.sub(r"[^\w.-]+", "-", test.rpartition("/")[2])[:80]
+    file, colons, rest = test.partition("::")  # of a nodeid's slashes, those before are folders
+    readable = re.sub(r"[^\w.-]+", "-", file.rpartition("/")[2] + colons + rest, flags=re.ASCII)[:80]
     return f"{readable}-{sha256(test.encode()).hexdigest()[:8]}-{number}.html"
 
 

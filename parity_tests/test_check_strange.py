@@ -177,6 +177,34 @@ def test_difference_below_what_can_be_told_apart_gets_no_reason():
     assert "nesterov" not in first.diagnosis
 
 
+def test_parameter_may_be_called_like_what_a_step_keeps_and_another_be_empty():
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.empty = nn.Parameter(torch.zeros(0, 3))
+            self.add_module("mean of x", nn.Linear(4, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.get_submodule("mean of x")(x)
+
+    class Port(nnx.Module):
+        def __init__(self) -> None:
+            setattr(self, "mean of x", nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return getattr(self, "mean of x")(x)
+
+    torch.manual_seed(0)
+    module = Original()
+    port = parity.load_torch(Port(), module.state_dict(), ignore=["empty"])
+    pair = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9), optax.sgd(0.01, momentum=0.9)
+    first = parity.check(
+        module, port, torch.randn(5, 4), optimizers=pair, steps=2, dtypes=["float64"], ignore=["empty"]
+    ).first_divergence
+    assert (first.place, first.quantity) == ("step 1", "mean of x.weight")
+    assert first.diagnosis == "The port's lr is 0.01, PyTorch's 0.1."
+
+
 def test_tied_weight_may_be_called_by_its_other_name(parity):
     case = CASES["tied"]
     torch.manual_seed(0)

@@ -214,6 +214,18 @@ def test_file_is_the_same_twice_and_holds_what_it_needs_once(folder, tmp_path):
     assert (tmp_path / "again").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
+def test_file_says_nothing_of_the_process_that_wrote_it(tmp_path):
+    (tmp_path / "file.part").write_text("another's")
+    losses = [lambda outputs, targets: half(outputs, targets) for _ in range(2)]  # at two addresses
+    torch.manual_seed(0)
+    inputs = torch.randn(5, 4)
+    for loss in losses:
+        parity.record(tmp_path / "file", small()[0], inputs, loss=loss, steps=0, dtypes=["float64"])
+        (tmp_path / "file").rename(tmp_path / f"{losses.index(loss)}")
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+    assert (tmp_path / "file.part").read_text() == "another's"
+
+
 def test_arrays_of_the_same_bytes_and_another_kind_are_kept_apart():
     arrays = _golden._Arrays()
     different = np.zeros(4), np.zeros((2, 2)), np.zeros(4, np.int64)

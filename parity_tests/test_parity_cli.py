@@ -79,6 +79,13 @@ def test_equal_models_exit_0_and_the_report_is_written(folder, monkeypatch, caps
     assert ElementTree.parse(folder / "out.xml").getroot().get("failures") == "0"
 
 
+def test_report_is_told_even_where_it_cannot_be_written(folder, monkeypatch, capsys):
+    assert run(monkeypatch, "check", "pair:original", "pair:port", *QUICK, "--html", "nowhere/out.html") == 2
+    told = capsys.readouterr()
+    assert told.out.startswith("ok: ")
+    assert "nowhere/out.html" in told.err
+
+
 def test_buffers_to_ignore_and_names_can_be_given(folder, monkeypatch, capsys):
     models = "check", "pair:masked", "pair:port", *QUICK
     assert run(monkeypatch, *models) == 1

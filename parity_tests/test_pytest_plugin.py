@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from _jaxloss_pytestplugin import Checked, Summary
+from _jaxloss_pytestplugin import Checked, Summary, _page_name
 from parity_tests.commands import start_python
 
 PORT = """
@@ -76,6 +76,47 @@ def test_a_planted_fault_fails_with_its_reason_and_the_mended_port_passes(projec
     assert status == 0, output
     assert re.search(r"parity: \d+ tensors, worst ratio 0\.\d+ \(.+, float64\), (\d+)/\1 mutants killed", output)
     assert "All 4 agree with PyTorch" in (project / "reports/parity/index.html").read_text()
+
+
+RERUN = """
+from _pytest.runner import runtestprotocol
+
+def pytest_runtest_protocol(item, nextitem):
+    runtestprotocol(item, log=False, nextitem=nextitem)
+    runtestprotocol(item, log=True, nextitem=nextitem)
+    return True
+"""
+ELSEWHERE = """
+import port
+
+attempts = []
+
+def test_flaky(parity, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    attempts.append(None)
+    port.check(parity, epsilon=1e-6 if len(attempts) == 1 else 1e-5)
+"""
+
+
+def test_a_test_may_be_run_again_and_in_another_folder(project: Path) -> None:
+    (project / "conftest.py").write_text(RERUN)
+    (project / "test_port.py").write_text(ELSEWHERE)
+    status, output = run_pytest(project, "--parity-report", "reports")
+    assert status == 0, output
+    assert "checks failed" not in output, "what the last run found is what counts"
+    assert "The port agrees with PyTorch" in (project / "reports/index.html").read_text()
+    assert len(list((project / "reports").glob("test_port.py-test_flaky-*-0.html"))) == 1
+
+
+def test_page_is_named_after_file_and_test() -> None:
+    for test, name in (
+        ("tests/test_port.py::test_it[a/b]", "test_port.py-test_it-a-b-"),
+        ("test_port.py::" + 200 * "\N{CJK UNIFIED IDEOGRAPH-4E00}", "test_port.py-"),
+        ("tests/test_port.py::" + 200 * "x", "test_port.py-xxx"),
+    ):
+        page = _page_name(test, 0)
+        assert page.startswith(name)
+        assert len(page.encode()) < 100
 
 
 def test_plugin_leaves_jax_alone_where_nothing_is_checked(project: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -20,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from _jaxloss_pytestplugin import Checked
 from jaxloss import parity
+from jaxloss.parity._background import Errors
 from jaxloss.parity._detail import Detail, bin_end
 from jaxloss.parity._findings import Finding
 from jaxloss.parity._html import save_index
@@ -76,12 +78,20 @@ def line(names: list[str], *, approximate: bool = False, swapped: str = "", **op
 
 @cache
 def report(name: str) -> parity.Report:
-    """Of a right port, of a broken one, of one with hostile names, and of one with a hundred layers."""
+    """Of a right port, of broken ones, of one with hostile names, and of one with a hundred layers."""
     match name:
         case "right":
             return run(CASES["flat"], steps=3)
         case "broken":
             return line(["up", "down"], approximate=True, steps=2, dtypes=["float64"])
+        case "not finite":
+            once = report("broken")
+            wrong = {"up": Errors(np.nan, 1e-12), "down": Errors(np.inf, 1e-12)}
+            stages = {
+                p: replace(s, forced={"float64": wrong.get(p) or s.forced["float64"]})
+                for p, s in once.background.stages.items()
+            }
+            return replace(once, background=replace(once.background, stages=stages))
         case "hostile":
             return line([*HOSTILE], swapped=HOSTILE[0], steps=0, dtypes=["float64"])
     return many_times(report("broken"), 50)
@@ -192,6 +202,18 @@ def test_sorting_and_filtering(visit, name):
     page.uncheck("#failed")
     page.select_option("#least", "1000")
     assert len(shown(page)) < len(every)
+
+
+def test_what_is_not_finite_is_the_largest_error(visit):
+    page = visit("not finite", viewport={"width": 360, "height": 740})
+    assert page.locator(".forced .value").all_inner_texts()[1] == "not finite"
+    heights = page.locator(".forced .value:visible").evaluate_all("values => values.map(value => value.offsetHeight)")
+    assert max(heights) < 1.5 * min(heights), "in one line"
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.click(".sort[data-key=forced]")
+    assert shown(page)[:2] == ["up up", "down down"]
+    page.select_option("#least", "1000")
+    assert {"up up", "down down"} <= set(shown(page))
 
 
 def test_dtypes_can_be_switched(visit):
@@ -422,6 +444,14 @@ def test_detail_of_a_large_permuted_array():
     detail = Detail.of(ours, theirs, layout)
     assert sum(detail.ours) == ours.size
     assert [(e.index, e.torch_index) for e in detail.worst] == [((3, 5), (5, 3)), ((650, 123), (123, 650))]
+
+
+def test_detail_copies_no_large_array_whose_first_axis_is_short():
+    array = np.ones((1, 4096, 1024))
+    tracemalloc.start()
+    assert Detail.of(array, array, same(array.shape)).ours == (array.size,)
+    assert tracemalloc.get_traced_memory()[1] < array.nbytes
+    tracemalloc.stop()
 
 
 def test_json_holds_what_the_page_shows(tmp_path):

@@ -59,14 +59,14 @@ class Output:
     """write it as JUnit XML, for CI systems"""
 
     def tell(self, report: Any, console: Console) -> int:
-        """Writes and prints a report, and gives the exit status."""
+        """Prints and writes a report, and gives the exit status."""
+        console.print(report if console.is_terminal else str(report), markup=False, soft_wrap=True, highlight=False)
         if self.json is not None:
             report.to_json(self.json)
         if self.html is not None:
             report.to_html(self.html)
         if self.junit is not None:
             report.to_junit(self.junit)
-        console.print(report if console.is_terminal else str(report), markup=False, soft_wrap=True, highlight=False)
         return 0 if report.ok else 1
 
 

@@ -88,8 +88,8 @@ def _unit(reference: np.ndarray, dtype: np.dtype) -> float:
 
 def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
     """Of the flat array, in float64."""
-    rows = max(1, _CHUNK * len(array) // array.size) if array.ndim else 1
-    blocks = np.atleast_1d(array)  # not the flat array: it is a copy where the axes are permuted
+    blocks = np.atleast_1d(array.squeeze())  # not the flat array: it is a copy where the axes are permuted
+    rows = max(1, _CHUNK * len(blocks) // blocks.size)
     return (blocks[start : start + rows].ravel().astype(np.float64) for start in range(0, len(blocks), rows))
 
 

@@ -10,7 +10,7 @@ from jaxloss.parity._findings import Explanation, Failure, Finding
 from jaxloss.parity._layout import channels_last
 from jaxloss.parity._pairs import CallPair
 from jaxloss.parity._recording import LayerCall, Trajectory, sketch
-from jaxloss.parity._steps import in_flax
+from jaxloss.parity._steps import in_flax, kept_of
 from jaxloss.parity._subject import Subject
 
 Ask = Callable[[Subject, Sequence[Failure]], Iterator[Explanation]]  # everything that explains the first failure
@@ -39,7 +39,8 @@ def _is_step(failure: Failure) -> bool:
 
 
 def _is_sketch(subject: Subject, failure: Failure) -> bool:
-    weight = subject.exact.port.weights.get(failure.finding.quantity.rpartition(" of ")[2])
+    weights = subject.exact.port.weights
+    weight = weights.get(kept_of(failure.finding.quantity, weights)[1])
     return _is_step(failure) and weight is not None and failure.ours.shape != weight.variable.shape
 
 
@@ -229,18 +230,17 @@ class StepFailure(NamedTuple):
     ours: str  # the parameter, in the port
 
 
-def step_failure(failures: Sequence[Failure]) -> StepFailure:
+def step_failure(subject: Subject, failures: Sequence[Failure]) -> StepFailure:
     """Where the steps begin to differ."""
-    place = failures[0].finding.place
+    place, weights = failures[0].finding.place, subject.exact.port.weights
     here = [failure for failure in failures if failure.finding.place == place]
-    failure = next((failure for failure in here if " of " not in failure.finding.quantity), here[0])
-    kind, _, ours = failure.finding.quantity.rpartition(" of ")
-    return StepFailure(int(place.split()[1]), here, failure, kind, ours)
+    failure = next((failure for failure in here if failure.finding.quantity in weights), here[0])
+    return StepFailure(int(place.split()[1]), here, failure, *kept_of(failure.finding.quantity, weights))
 
 
 def _of_step(subject: Subject, failures: Sequence[Failure], steps: Trajectory) -> Iterator[Explanation]:
     """Other gradients or another rate, as far as the arrays tell."""
-    step, here, failure, kind, ours = step_failure(failures)
+    step, here, failure, kind, ours = step_failure(subject, failures)
     for each in here:
         if each.finding.quantity.startswith(_FIRST_MOMENTS) and each.finding.kind == "scale":
             factor = each.finding.diagnosis.removeprefix("it is ")

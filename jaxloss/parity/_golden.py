@@ -36,7 +36,7 @@ def write(
 ) -> None:
     """Records a source in float64 and the given dtypes, whole or not at all."""
     path = Path(path)
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # of this process: another may write the same file
     try:
         part.touch()  # where nothing can be written, nothing need be run
         arrays = _Arrays()

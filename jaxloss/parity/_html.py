@@ -33,7 +33,7 @@ class Measure:
 
     dtype: str
     errors: Errors
-    ratio: float  # to what it is measured by
+    ratio: float  # to what it is measured by; infinite of NaN
     share: float  # of the bar, in percent
     tick: float  # where the ratio is 1
     heat: int  # 0 to 3
@@ -136,9 +136,9 @@ def _measure(dtype: str, errors: Errors) -> Measure:
     (low, high), heat = (_EXACT, _EXACT_HEAT) if exact else (_ROUNDED, _HEAT)
     reference = errors.reference if exact else max(errors.reference, HALF_UNIT[dtype])
     ratio = errors.ours / reference if reference else (math.inf if errors.ours else 0.0)
+    ratio = math.inf if math.isnan(ratio) else ratio
     place = (math.log10(ratio) - low) / (high - low) if 0 < ratio < math.inf else float(ratio > 0)
-    share = 100.0 if math.isnan(ratio) else 100 * min(max(place, 0.0), 1.0)
-    hot = 3 if math.isnan(ratio) else sum(ratio > limit for limit in heat)
+    share, hot = 100 * min(max(place, 0.0), 1.0), sum(ratio > limit for limit in heat)
     return Measure(dtype, errors, ratio, round(share, 2), round(100 * -low / (high - low), 2), hot)
 
 

@@ -1,6 +1,7 @@
 """An original that can be run, with its batch, its loss and its optimizer."""
 
 import math
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -122,7 +123,7 @@ class Live:
         masks: list[list[np.ndarray]] = []
         for step in range(1, self._steps + 1):
             for parameter in filter(torch.is_floating_point, original.module.parameters() if nudge else ()):
-                terms = parameter[0].numel() if parameter.ndim else 1
+                terms = math.prod(parameter.shape[1:])
                 moves = torch.rand(parameter.shape, dtype=parameter.dtype, generator=random).mul_(2).sub_(1)
                 parameter.data.mul_(moves.mul_(terms * torch.finfo(parameter.dtype).eps).add_(1))
             masks.append(self.backward(original, step))
@@ -170,11 +171,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def _name(loss: TorchLoss | None) -> str | None:
-    """As PyTorch has it, if it is one of its functions."""
+    """As PyTorch has it, if it is one of its functions; else without an address, which is another in every run."""
     if loss is None:
         return None
     name = getattr(loss, "__name__", type(loss).__name__)
-    return name if getattr(F, name, None) is loss else f"{loss!r}"
+    return name if getattr(F, name, None) is loss else re.sub(" at 0x[0-9a-f]+", "", f"{loss!r}")
 
 
 def _optimizer_name(optimizer: torch.optim.Optimizer | None) -> str:

@@ -38,7 +38,7 @@ _OPTIONS = {
 
 def explain_step(live: Live, subject: Subject, failures: Sequence[Failure]) -> Iterator[Explanation]:
     """Everything that explains the first step that differs."""
-    count, _, failure, kind, ours = step_failure(failures)
+    count, _, failure, kind, ours = step_failure(subject, failures)
     theirs, layout = subject.weight_pairs[ours], subject.exact.port.weights[ours].layout
 
     def train(step: Step = lambda optimizer: optimizer.step(), **options: Any) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Training steps: first all of PyTorch's, then all of the port's, so that memory holds one of them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,9 +82,17 @@ def compare_steps(findings: Findings, subject: Subject, optimizer: optax.Gradien
 def _look_closer(failures: Sequence[Failure], view: View) -> None:
     """Looks at the elements of what differs after the first step that differs: the later ones follow from it."""
     for failure in (each for each in failures if each.finding.place == failures[0].finding.place):
-        layout = view.port.weights[failure.finding.quantity.rpartition(" of ")[2]].layout
+        layout = view.port.weights[kept_of(failure.finding.quantity, view.port.weights)[1]].layout
         if failure.theirs.shape == layout.shape:  # no image of a larger array
             failure.finding.detail = Detail.of(failure.ours, failure.theirs, layout)
+
+
+def kept_of(quantity: str, weights: Container[str]) -> tuple[str, str]:
+    """What a step's finding is about: what is kept, "" for the parameter, and its name, which may hold " of " too."""
+    if quantity in weights:
+        return "", quantity
+    kind, _, name = quantity.partition(" of ")
+    return kind, name
 
 
 def _distance(ours: Mapping[str, np.ndarray], exact: Mapping[str, np.ndarray], names: Mapping[str, str]) -> float:
