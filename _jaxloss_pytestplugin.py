@@ -77,16 +77,17 @@ class Parity:
         __tracebackhide__ = True
         from jaxloss import parity
 
-        return self._judged(parity.check(*args, **options))
+        return self.judge(parity.check(*args, **options))
 
     def replay(self, *args: Any, **options: Any) -> "Report":
         """`jaxloss.parity.replay`, which needs no PyTorch, with its arguments; otherwise like `check`."""
         __tracebackhide__ = True
         from jaxloss import parity
 
-        return self._judged(parity.replay(*args, **options))
+        return self.judge(parity.replay(*args, **options))
 
-    def _judged(self, report: "Report") -> "Report":
+    def judge(self, report: "Report") -> "Report":
+        """Takes a report that was made elsewhere, as by a fixture of a module; otherwise like `check`."""
         __tracebackhide__ = True
         page = None
         if folder := self._node.config.stash[FOLDER]:

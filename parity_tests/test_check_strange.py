@@ -448,3 +448,33 @@ def test_report_without_findings_or_with_a_fault_not_caught_is_not_ok():
     assert not parity.Report([finding], controls=(2, 3)).ok
     assert not parity.Report([finding]).ok
     assert not parity.Report([], controls=(3, 3)).ok
+
+
+@pytest.mark.parametrize("dtypes", ["float32", ["float99"]])
+def test_unknown_dtypes_are_refused_at_once(dtypes):
+    original, port = nn.Linear(4, 3), nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    stages = []
+    with pytest.raises(ValueError, match="dtypes must be a sequence of bfloat16, float16, float32, float64, got"):
+        parity.check(original, port, torch.randn(5, 4), dtypes=dtypes, progress=stages.append)
+    assert not stages
+
+
+def test_gradients_that_are_the_same_everywhere_may_be_right(parity):
+    class Original(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(x).sum()
+
+    class Port(nnx.Module):
+        def __init__(self, rngs):
+            self.fc = nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.fc(x).sum()
+
+    original = Original()
+    port = load_torch(Port(nnx.Rngs(0)), original.state_dict())
+    parity.check(original, port, torch.randn(5, 4), losses=None, steps=1, dtypes=["float64"])

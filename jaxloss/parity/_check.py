@@ -209,7 +209,7 @@ def _compare_pieces(findings: Findings, subject: Subject, view: View, cut: CutRu
     for piece in pieces[last + 1 :]:
         of_activation = piece.quantity.startswith(("gradient of input", "gradient of output", "gradient of the input"))
         floor = recording.activation_floor if of_activation else recording.gradient_floor
-        findings.add(*piece, floor=floor, may_be_zero=True)
+        findings.add(*piece, floor=floor, may_be_zero=True, may_be_constant=True)
     if all(finding.negligible for finding in findings.all if "gradient of" in finding.quantity):
         findings.fail("whole network", "gradients", "are 0 everywhere in PyTorch: nothing can be told from them")
 
@@ -241,12 +241,13 @@ def _compare_whole(findings: Findings, subject: Subject, view: View, free: FreeR
     findings.add(place, "loss", free.loss, recording.loss, same(()))
     _tell_free(findings, subject, view, free)
     for piece in _parameter_gradients(subject, view, free, recording, None, place):
-        findings.add(*piece, floor=recording.gradient_floor, may_be_zero=True)
+        findings.add(*piece, floor=recording.gradient_floor, may_be_zero=True, may_be_constant=True)
     inputs = zip(free.input_gradients, recording.input_gradients, subject.batch.input_layouts(), strict=True)
     for ours, theirs, layout in inputs:
         if theirs is not None:
             what, floor = "gradient of the input", recording.activation_floor
-            findings.add(place, what, ours, layout.to_flax(theirs), layout, floor=floor, may_be_zero=True)
+            expected = layout.to_flax(theirs)
+            findings.add(place, what, ours, expected, layout, floor=floor, may_be_zero=True, may_be_constant=True)
 
 
 def _tell_free(findings: Findings, subject: Subject, view: View, free: FreeRun) -> None:

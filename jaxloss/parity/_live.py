@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxloss.parity._recording import ModuleFacts, Noise, Recording, Sketches, S
 from jaxloss.parity._state_dict import to_array, to_numpy
 
 TorchLoss = Callable[..., Tensor]
+DTYPES = {"float64", "float32", "bfloat16", "float16"}
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
 
@@ -35,8 +36,11 @@ class Live:
         steps: int,
         train: bool,
         seed: int,
+        dtypes: Sequence[str],
     ) -> None:
         """Runs nothing yet."""
+        if isinstance(dtypes, str) or not set(dtypes) <= DTYPES:
+            raise ValueError(f"parity: dtypes must be a sequence of {', '.join(sorted(DTYPES))}, got {dtypes!r}.")
         given = [t.detach() if isinstance(t, Tensor) else torch.tensor(np.array(t)) for t in parts(batch)]
         self.targets = given.pop() if loss is not None and len(given) > 1 else None
         self.module, self.inputs, self.train, self.seed = module, given, train, seed

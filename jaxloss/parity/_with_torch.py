@@ -80,7 +80,8 @@ def check(
 
     Raises:
         TypeError: a module returns something other than one array.
-        ValueError: the batch is empty, or does not fit the port; `names`, `ignore` or `layouts` has an unknown name.
+        ValueError: the batch is empty, or does not fit the port; `names`, `ignore`, `layouts` or `dtypes` has an
+            unknown name.
 
     Examples:
         >>> import torch
@@ -99,7 +100,14 @@ def check(
     torch_loss, flax_loss = losses or (None, None)
     torch_optimizer, optax_optimizer = optimizers or (None, optax.adam(1e-3))
     live = Live(
-        torch_module, torch_batch, loss=torch_loss, optimizer=torch_optimizer, steps=steps, train=train, seed=seed
+        torch_module,
+        torch_batch,
+        loss=torch_loss,
+        optimizer=torch_optimizer,
+        steps=steps,
+        train=train,
+        seed=seed,
+        dtypes=dtypes,
     )
     return judge(
         live.source(),
@@ -152,7 +160,7 @@ def record(
 
     Raises:
         TypeError: the module returns something other than one tensor.
-        ValueError: the batch is empty.
+        ValueError: the batch is empty, or `dtypes` has another one.
         OSError: the file cannot be written.
 
     Examples:
@@ -168,6 +176,8 @@ def record(
     References:
         https://github.com/huggingface/safetensors#format
     """
-    live = Live(torch_module, torch_batch, loss=loss, optimizer=optimizer, steps=steps, train=train, seed=seed)
+    live = Live(
+        torch_module, torch_batch, loss=loss, optimizer=optimizer, steps=steps, train=train, seed=seed, dtypes=dtypes
+    )
     versions = {"torch": torch.__version__, "jaxloss": jaxloss.__version__}
     _golden.write(path, live.source(), dtypes, versions, progress)
