@@ -1,7 +1,7 @@
 """A training step of both models (Adam, float32) against PyTorch eager and the step of Flax's MNIST tutorial.
 
-Ours is a whole epoch: the order, dropout's masks and the reading of the totals count too. It has one batch on CPU,
-and 20 on an accelerator, which takes them in one dispatch; then everyone takes 20 steps.
+Ours is a whole epoch: the order, dropout's masks and the reading of the totals count too. It has a thousand images on
+CPU, and 20 batches on an accelerator, which takes them in one dispatch; everyone takes as many steps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,7 @@ EPOCH_OF, QUICK_EPOCH_OF = 6000, 600  # images
 DEVICES, QUICK_DEVICES = (1, 2, 4, 8), (2,)
 EPOCH, COMPILED = "epoch", "its compiled programs"
 OURS, EAGER, COMPILED_TORCH, TUTORIAL = "python -m train", "PyTorch eager", "torch.compile", "Flax tutorial"
-STEPS = 1 if PLATFORM == "cpu" else 20  # a call
+IMAGES, DISPATCH = 1000, 20  # of a call, on CPU; its steps, elsewhere
 
 
 class TutorialCNN(nnx.Module):
@@ -111,11 +111,17 @@ def recipe_of(batch: int) -> Recipe:
     return Recipe("adam", lr=1e-3, momentum=0.0, gamma=1.0, epochs=1, batch_size=batch)
 
 
+def steps_of(batch: int) -> int:
+    """How many steps a call takes."""
+    return max(IMAGES // batch, 1) if PLATFORM == "cpu" else DISPATCH
+
+
 def implementations(model: ModelName, batch: int) -> tuple[Calls, Calls]:
-    """Calls that take `STEPS` steps, and calls that return the loss without dropout."""
+    """Calls that take `steps_of(batch)` steps, and calls that return the loss without dropout."""
     original, stock, feature_map = MODULES[model]
-    data = digits_of(STEPS * batch)
-    learner = Learner(model, recipe_of(batch), data, seed=0, dispatch=STEPS)
+    count = steps_of(batch)
+    data = digits_of(count * batch)
+    learner = Learner(model, recipe_of(batch), data, seed=0, dispatch=1 if PLATFORM == "cpu" else count)
     weights = to_torch(learner.trained())
     pixels = np.asarray(data.train.images, np.float32) / 255
     loss_of = {"cnn": F.cross_entropy, "net": F.nll_loss}[model]
@@ -128,8 +134,8 @@ def implementations(model: ModelName, batch: int) -> tuple[Calls, Calls]:
     port: Any = load_torch(stock(nnx.Rngs(0)), weights, flatten=flatten, names=names)
     optimizer = nnx.Optimizer(port, optax.adam(1e-3), wrt=nnx.Param)
     metrics = nnx.MultiMetric(accuracy=nnx.metrics.Accuracy(), loss=nnx.metrics.Average("loss"))
-    images = jnp.split(jnp.asarray(pixels)[..., None], STEPS)
-    labels = jnp.split(jnp.asarray(data.train.labels, jnp.int32), STEPS)
+    images = jnp.split(jnp.asarray(pixels)[..., None], count)
+    labels = jnp.split(jnp.asarray(data.train.labels, jnp.int32), count)
 
     def ours() -> None:
         learner.step = 0
@@ -205,7 +211,7 @@ def measure(turns: int, *, quick: bool) -> Iterator[dict[str, Any]]:
         steps, losses = implementations(model, batch)
         assert_same_answers(losses, MATMUL)
         times = medians(steps, max(turns * 32 // max(batch, 128), least))
-        yield {"model": model, "batch": batch, "steps": STEPS, "milliseconds": times}
+        yield {"model": model, "batch": batch, "steps": steps_of(batch), "milliseconds": times}
     for model in models if PLATFORM == "cpu" else ():
         calls = whole_and_compiled(model, QUICK_EPOCH_OF if quick else EPOCH_OF)
         times = medians(calls, max(turns // 8, least))
