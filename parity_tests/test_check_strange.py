@@ -478,3 +478,25 @@ def test_gradients_that_are_the_same_everywhere_may_be_right(parity):
     original = Original()
     port = load_torch(Port(nnx.Rngs(0)), original.state_dict())
     parity.check(original, port, torch.randn(5, 4), losses=None, steps=1, dtypes=["float64"])
+
+
+def frozen_embedding() -> tuple[nn.Module, nnx.Module]:
+    original = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3)).requires_grad_(False)
+    rngs = nnx.Rngs(0)
+    port = nnx.Sequential(nnx.Embed(7, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs))
+    return original, load_torch(port, original.state_dict())
+
+
+def test_frozen_network_of_integers_is_compared_forward(parity):
+    original, port = frozen_embedding()
+    report = parity.check(original, port, torch.tensor([0, 6, 3, 3]), dtypes=["float64"])
+    assert {"0", "1", "loss"} <= report.places().keys()
+    assert not any("gradient of" in finding.quantity for finding in report.findings)
+    assert "PyTorch's module trains nothing: no gradients of weights and no steps are compared." in report.notes
+
+
+def test_fault_of_a_frozen_network_of_integers_is_found():
+    original, port = frozen_embedding()
+    port.layers[1].bias.set_value(port.layers[1].bias[...] + 1e-6)
+    report = parity.check(original, port, torch.tensor([0, 6, 3, 3]), dtypes=["float64"])
+    assert (report.first_divergence.place, report.first_divergence.quantity) == ("1", "bias")

@@ -113,6 +113,8 @@ def _unmatched(findings: Findings, subject: Subject) -> None:
     for name, problem in problems:
         layer, _, kind = name.rpartition(".")
         findings.fail(subject.place_of(layer), kind, problem)
+    if not subject.exact.recording.parameter_gradients:
+        findings.notes.append("PyTorch's module trains nothing: no gradients of weights and no steps are compared.")
     if random := ", ".join(subject.exact.recording.random):
         findings.notes.append(f"PyTorch draws random numbers in {random}: only those of dropout are given to the port.")
     for i in subject.exact.recording.mutated:
@@ -210,7 +212,8 @@ def _compare_pieces(findings: Findings, subject: Subject, view: View, cut: CutRu
         of_activation = piece.quantity.startswith(("gradient of input", "gradient of output", "gradient of the input"))
         floor = recording.activation_floor if of_activation else recording.gradient_floor
         findings.add(*piece, floor=floor, may_be_zero=True, may_be_constant=True)
-    if all(finding.negligible for finding in findings.all if "gradient of" in finding.quantity):
+    gradients = [finding for finding in findings.all if "gradient of" in finding.quantity]
+    if gradients and all(finding.negligible for finding in gradients):
         findings.fail("whole network", "gradients", "are 0 everywhere in PyTorch: nothing can be told from them")
 
 

@@ -44,6 +44,8 @@ class Original:
         leaves = [t.requires_grad_() if t.is_floating_point() else t for t in self.cast(inputs)]
         before, given = [to_numpy(t) for t in leaves], [t.clone() for t in leaves]
         calls, outputs = self.forward(given, functions)
+        if not outputs.requires_grad:  # all is frozen and the inputs are integers: the loss alone has a gradient
+            outputs = outputs.detach().requires_grad_()
         loss = objective(outputs)
         named = dict(self.module.named_parameters())
         wanted = [*(t for t in leaves if t.requires_grad), *(t for t in named.values() if t.requires_grad)]
