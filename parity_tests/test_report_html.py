@@ -117,6 +117,13 @@ def save_index_of_hostile_tests(path: Path) -> None:
     save_index([("tests.py::test_it[a]", good), (f"tests.py::test_it[{HOSTILE[2]}]", bad)], path)
 
 
+def write(name: str, path: Path) -> None:
+    if name == "index":
+        save_index_of_hostile_tests(path)
+    else:
+        report(name).to_html(path)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     driver = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[test]'")
@@ -135,10 +142,7 @@ def visit(browser: Any, tmp_path: Path) -> Iterator[Any]:
 
     def open_page(name: str, **options: Any) -> Any:
         path = tmp_path / f"{name}.html"
-        if name == "index":
-            save_index_of_hostile_tests(path)
-        else:
-            report(name).to_html(path)
+        write(name, path)
         page = browser.new_page(**options)
         page.set_default_timeout(10_000)
         opened.append(page)
@@ -285,6 +289,20 @@ def test_index_of_a_test_run_puts_what_differs_first(visit):
     assert "3 tensors, at most 0.5\N{MULTIPLICATION SIGN} of what is allowed (Net)" in second.inner_text()
     assert page.evaluate("typeof ran") == "undefined"
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 360
+
+
+@pytest.mark.parametrize("name", ["broken", "index"])
+def test_policy_stops_what_is_not_the_pages_own(browser, tmp_path, name):
+    path = tmp_path / "page.html"
+    write(name, path)
+    path.write_text(
+        path.read_text().replace("</main>", "<script>ran = 1</script><style>h1 { color: #123456 }</style></main>")
+    )
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    assert page.evaluate("typeof ran") == "undefined"
+    assert page.locator("h1").evaluate("h1 => getComputedStyle(h1).color") != "rgb(18, 52, 86)"
+    page.close()
 
 
 def test_page_reads_without_scripts(visit):
