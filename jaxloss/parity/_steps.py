@@ -51,9 +51,8 @@ def compare_steps(findings: Findings, subject: Subject, optimizer: optax.Gradien
     failed = len(findings.failures)
     if moving:
         findings.background.steps["float64"] = [
-            StepDistance(_distance(ours[""], exact[""], moving), own, max(TOLERANCE, NOISE * own if step else 0.0))
+            _step_distance(step, ours[""], exact[""], noise[step][""], moving)
             for step, (ours, exact) in enumerate(zip(mine, expected.sketches, strict=True))
-            for own in (_together(noise[step][""], exact[""], moving),)
         ]
     for step, found in enumerate(mine):
         for quantity, sketches in expected.sketches[step].items():
@@ -93,6 +92,18 @@ def kept_of(quantity: str, weights: Container[str]) -> tuple[str, str]:
         return "", quantity
     kind, _, name = quantity.partition(" of ")
     return kind, name
+
+
+def _step_distance(
+    step: int,
+    ours: Mapping[str, np.ndarray],
+    exact: Mapping[str, np.ndarray],
+    noise: Mapping[str, float],
+    names: Mapping[str, str],
+) -> StepDistance:
+    """Of all parameters together, with what is allowed: the first step starts from equal weights, and has no noise."""
+    own = _together(noise, exact, names)
+    return StepDistance(_distance(ours, exact, names), own, max(TOLERANCE, NOISE * own if step else 0.0))
 
 
 def _distance(ours: Mapping[str, np.ndarray], exact: Mapping[str, np.ndarray], names: Mapping[str, str]) -> float:
