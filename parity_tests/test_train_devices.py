@@ -58,7 +58,7 @@ def test_many_devices_train_as_one(model: ModelName, rng: RngName) -> None:
 
 
 def test_calls_and_dispatches_do_not_change_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 steps an epoch, each in two calls; in one call on two devices; three steps in one dispatch, with pieces."""
+    """4 steps an epoch, each in two calls; in one call on two devices; three steps in one dispatch, on one and two."""
     dispatches = []
     advance = Learner._advance
 
@@ -70,9 +70,10 @@ def test_calls_and_dispatches_do_not_change_the_steps(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Learner, "_advance", counted)
     monkeypatch.setattr(loop, "CALL", 15)
     monkeypatch.setattr(loop, "PIECE", 20)
-    ways: list[dict[str, int]] = [{"devices": 1}, {"devices": 2}, {"devices": 1, "dispatch": 3}]
+    several = {"dispatch": 3}
+    ways: list[dict[str, int]] = [{"devices": 1}, {"devices": 2}, {"devices": 1} | several, {"devices": 2} | several]
     results = [trained("net", "torch", **way) for way in ways]
-    assert dispatches == [1] * 16 + [3, 1, 1, 1, 1, 1]  # a dispatch begins at a multiple of its length
+    assert dispatches == [1] * 16 + [3, 1, 1, 1, 1, 1] * 2  # a dispatch begins at a multiple of its length
     for weights, epochs in results[1:]:
         assert distance(weights, results[0][0]) < 1e-13
         assert epochs[1].training.loss == pytest.approx(results[0][1][1].training.loss, rel=1e-12)
