@@ -28,7 +28,6 @@ from benchmarks.timing import (
     medians,
     temporaries,
     told,
-    wait,
 )
 
 Shape = tuple[int, int, int]  # tokens, features, classes
@@ -110,7 +109,6 @@ def implementations(shape: Shape, dtype: str) -> tuple[Calls, Calls]:
         with torch.set_grad_enabled(backward):
             loss = loss_of(*leaves, long)
             found = (loss, *torch.autograd.grad(loss, leaves)) if backward else (loss,)
-        wait()
         return found
 
     both, forward = {}, {}

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
-from benchmarks.timing import HAS_COMPILER, TORCH, Calls, assert_same_answers, medians, temporaries, told, wait
+from benchmarks.timing import HAS_COMPILER, TORCH, Calls, assert_same_answers, medians, temporaries, told
 
 SHAPES = [(128, 10), (8192, 10), (1024, 1000), (8, 128, 128, 21), (256, 32000), (1024, 32768), (1024, 131072)]
 VALUE, BOTH = "value", "value and gradient"
@@ -132,7 +132,6 @@ def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...
             found = [loss(leaf, aims)]
             if quantity == BOTH:
                 found += torch.autograd.grad(found[0], leaf, cotangent if found[0].ndim else None)
-            wait()
             return [x.movedim(1, -1) if x.ndim > 2 else x for x in found]
 
         return call

@@ -29,7 +29,7 @@ WARM_UP, TIMED, LONG = 0.02, 5, 0.1  # a turn: seconds of untimed calls, then so
 # Fresh pages for every array from 16 MiB on, as glibc has it by default from 32 MiB on, and for none below.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(16 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 PLATFORM = jax.default_backend()
-SEEN = 1_000_000
+SEEN = 1_000_000  # elements of an answer that are compared
 TORCH = torch.device("cuda" if PLATFORM == "gpu" else "cpu")
 # How far answers may differ: of each element, and of the largest.
 TOLERANCES = {"float32": (1e-4, 1e-6), "tf32": (1e-2, 1e-2), "bfloat16": (3e-2, 1e-2)}

@@ -30,7 +30,6 @@ from benchmarks.timing import (
     medians,
     ratio,
     told,
-    wait,
 )
 from jaxloss.parity import load_torch, to_torch
 from train import originals
@@ -163,7 +162,6 @@ def implementations(model: ModelName, batch: int) -> tuple[Calls, Calls]:
                 adam.zero_grad()
                 loss_of(run(batch_inputs), batch_targets).backward()
                 adam.step()
-            wait()
 
         @torch.no_grad()
         def loss() -> list[float]:
