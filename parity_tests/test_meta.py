@@ -314,7 +314,7 @@ def test_readme_seconds_to_an_accuracy_are_those_of_the_committed_results():
 
 
 def test_readme_distance_of_float32_trainings_is_that_of_the_committed_tables():
-    tables = (ROOT / "docs/same-seed.md").read_text()
+    tables = (ROOT / "docs/porting/same-seed.md").read_text()
     medians = re.findall(r"Median of the first over the second: (\d\.\d\d)\.", tables)
     assert re.findall(r"\d\.\d\d", readme_part("noise")) == medians
     assert len(medians) == 2

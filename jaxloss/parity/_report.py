@@ -58,7 +58,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The first lines of the printed report: whether it is ok, and the first divergence with its fix if not."""
+        """Whether it is ok, and if not the first divergence with its fix, as the printed report begins."""
         return "\n".join(self._head())
 
     def failures(self) -> Iterator[Finding]:

@@ -52,7 +52,7 @@ def load_torch(
             sign of one: next to convolutions, a linear layer whose size is a multiple of their channels is refused.
         names: PyTorch's names by the module's, for the weights that would be paired otherwise; `weight_map` returns
             them all.
-        ignore: names in the state_dict that the module does not need, like a causal mask; or patterns, "*.mask".
+        ignore: names in the state_dict that the module does not need, like a causal mask; or patterns, `"*.mask"`.
 
     Returns:
         The same module. The weights are copies, with the state_dict's dtypes whatever the module's were. (An
