@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,9 +25,9 @@ from jaxloss.parity._detail import Detail, bin_end
 from jaxloss.parity._findings import Finding
 from jaxloss.parity._html import save_index
 from jaxloss.parity._layout import Layout, channels_last, permuted, same
+from parity_tests.chromium import chromium
 from parity_tests.zoo import CASES, run
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = (
     "<script>ran = 1</script>",
     '" onmouseover="ran = 1" x=\'',
@@ -126,13 +125,8 @@ def write(name: str, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    driver = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[test]'")
-    if CHROMIUM is None:
-        pytest.skip("needs a Chromium: apt-get install chromium")
-    with driver.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM)
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture
