@@ -1,4 +1,4 @@
-"""The documentation site, executed as it is built: `sphinx-build -W docs build/docs`, then open build/docs/index.html."""
+"""The documentation site: `sphinx-build -W docs build/docs` runs every page, then open build/docs/index.html."""
 
 import os
 
@@ -6,7 +6,7 @@ import jaxloss
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of the pages' kernels
 
-project, author, copyright = "jaxloss", "The jaxloss authors", "The jaxloss authors"  # noqa: A001
+project, author, copyright = "jaxloss", "The jaxloss authors", "The jaxloss authors"
 version = release = jaxloss.__version__
 
 extensions = [

@@ -77,9 +77,10 @@ class ClassAxis(NamedTuple):
         """Whether to write one element to a row rather than to select among all.
 
         On CPU the select slows the loop it is in by a quarter, and one element to a row costs as much as 64 selects.
-        A scatter into an explicit mesh is ambiguous.
+        A scatter into an explicit mesh is ambiguous, and one into a half type widens the whole array first.
         """
-        return self.mesh_axis is None and not on_explicit_mesh(x) and x.shape[self.position] >= 64
+        wide = x.dtype.itemsize > 2
+        return wide and self.mesh_axis is None and not on_explicit_mesh(x) and x.shape[self.position] >= 64
 
     def without_target(self, x: Float[Array, "..."], targets: Integer[Array, "..."]) -> Float[Array, "..."]:
         """`x` with 0 at each row's target; where the target is out of range, at any class or none."""

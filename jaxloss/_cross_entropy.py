@@ -138,7 +138,10 @@ def _cross_entropy(
         # PyTorch counts the rows as elements / classes, so that the mean over no classes is NaN.
         row_weights = jnp.full_like(losses, min(logits.shape[axis.position], 1))
         return reduce_rows(losses, row_weights, reduction).astype(dtype)
-    return _index_loss(axis, values, targets, *options, ignore_index, reduction).astype(dtype)
+    # Without smoothing the gradient's two terms do not overlap: each can be rounded to a half type by itself, and no
+    # widened array is needed.
+    unwidened = logits if label_smoothing is None else values
+    return _index_loss(axis, unwidened, values.dtype, targets, *options, ignore_index, reduction).astype(dtype)
 
 
 def _as_split(axis: ClassAxis, logits: Array, targets: Array, weight: Array | None) -> tuple[Array, Array | None]:
@@ -167,12 +170,13 @@ def losses_of_rows(
     options = (weight, label_smoothing, z_loss)
     if jnp.issubdtype(targets.dtype, jnp.floating):
         return _probability_losses(axis, logits, targets.astype(logits.dtype), *options)
-    return _index_loss(axis, logits, targets, *options, ignore_index, "none")
+    return _index_loss(axis, logits, logits.dtype, targets, *options, ignore_index, "none")
 
 
 def _index_loss(
     axis: ClassAxis,
     logits: Float[Array, "..."],
+    dtype: jnp.dtype,
     targets: Integer[Array, "..."],
     weight: Num[Array, " classes"] | None,
     label_smoothing: Float[Array, ""] | float | None,
@@ -180,8 +184,9 @@ def _index_loss(
     ignore_index: int,
     reduction: Reduction,
 ) -> Float[Array, "..."]:
-    kept, row_weights = weigh_rows(axis, axis.size(logits), targets, weight, ignore_index, logits.dtype)
-    top = axis.max(logits)
+    """The loss, or each row's, computed in `dtype`."""
+    kept, row_weights = weigh_rows(axis, axis.size(logits), targets, weight, ignore_index, dtype)
+    top = axis.max(logits).astype(dtype)
     log_prob, normalizer = target_log_prob(axis, logits, top, targets, kept)
 
     def reduce(losses: Float[Array, "..."]) -> Float[Array, "..."]:

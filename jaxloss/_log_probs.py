@@ -1,6 +1,7 @@
 """The differentiable core: each row's log-probability of its target, its mean over given masses, and its entropy.
 
 The first two do not keep an array of the size of the logits between the passes, and all stay exact on confident rows.
+The logits of a target may be of a half type: they are widened where they are used, to the dtype of `top`, the maximum.
 """
 
 from functools import partial
@@ -26,7 +27,7 @@ def target_log_prob(
 
     Leaving the target out of the sum keeps a confident row exact: 1 - p is a sum of small terms, not a difference.
     """
-    margin = jnp.where(kept, axis.pick(logits, targets) - top, 0)
+    margin = jnp.where(kept, axis.pick(logits, targets).astype(top.dtype) - top, 0)
     return _join(margin, _sum_others(axis, logits, top, targets, kept))
 
 
@@ -56,12 +57,12 @@ def _sum_others(
 ) -> Float[Array, "..."]:
     """Σ exp(logits - top) over the classes other than the target; 0 in rows that are not kept."""
     classes = logits.shape[axis.position]
-    if classes * jnp.finfo(logits.dtype).eps >= 1:  # class indices are not exact in this dtype
+    if classes * jnp.finfo(top.dtype).eps >= 1:  # class indices are not exact in this dtype
         return jnp.where(kept, axis.sum(_others(axis, logits, top, targets, kept)), 0)
     # XLA's CPU reductions fuse this arithmetic mask, but would write a select out to memory.
-    index = lax.broadcasted_iota(logits.dtype, logits.shape, axis.position)
-    distance = jnp.abs(index - axis.expand(axis.local(targets, classes).astype(logits.dtype)))
-    terms = jnp.exp(logits - axis.expand(top)) * jnp.minimum(distance, 1)
+    index = lax.broadcasted_iota(top.dtype, logits.shape, axis.position)
+    distance = jnp.abs(index - axis.expand(axis.local(targets, classes).astype(top.dtype)))
+    terms = jnp.exp(logits.astype(top.dtype) - axis.expand(top)) * jnp.minimum(distance, 1)
     return jnp.where(kept, axis.sum(terms), 0)
 
 
@@ -86,7 +87,7 @@ def _others(
     kept: Bool[Array, "..."],
 ) -> Float[Array, "..."]:
     """exp(logits - top), 0 at the target."""
-    return axis.without_target(jnp.exp(logits - axis.expand(top)), targets)
+    return axis.without_target(jnp.exp(logits.astype(top.dtype) - axis.expand(top)), targets)
 
 
 @_others.defjvp
@@ -99,7 +100,7 @@ def _push(
     axis: ClassAxis, others: Float[Array, "..."], kept: Bool[Array, "..."], dlogits: Float[Array, "..."]
 ) -> Float[Array, "..."]:
     """The tangent of `_others`; its transpose ends with the select, so an ignored row gets 0 even if it holds NaN."""
-    return others * jnp.where(axis.expand(kept), dlogits, 0)
+    return others * jnp.where(axis.expand(kept), dlogits.astype(others.dtype), 0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -198,13 +198,17 @@ def test_derivatives_of_confident_rows_match_the_formula(kind, order, x64):
         (jnp.bfloat16, {}),
         (jnp.float32, {"label_smoothing": 0.1, "z_loss": 0.1}),
         (jnp.float32, {"label_smoothing": 0.1, "weight": np.ones(512, np.float32)}),
+        (jnp.bfloat16, {"z_loss": 0.1, "weight": np.ones(512, np.float32), "dtype": jnp.float32}),
     ],
-    ids=["plain", "bfloat16", "smoothing", "weight"],
+    ids=["plain", "bfloat16", "smoothing", "weight", "bfloat16, weight"],
 )
-def test_index_targets_keep_one_float32_array_of_the_size_of_the_logits(dtype, options):
+def test_index_targets_keep_the_logits_alone(dtype, options):
     logits, targets = jnp.ones((64, 512), dtype), jnp.zeros(64, jnp.int32)
     kept = kept_bytes(lambda z: jaxloss.cross_entropy(z, targets, **options), logits)
-    assert kept <= 4 * logits.size + 64 * 100 + 512 * 8
+    few = 64 * 100 + 512 * 8
+    assert kept <= logits.nbytes + few
+    widened = kept_bytes(lambda z: jaxloss.cross_entropy(z.astype(jnp.float32), targets, **options), logits)
+    assert (widened > logits.nbytes + few) == (dtype == jnp.bfloat16)
 
 
 def test_probability_targets_keep_the_logits_and_the_targets():
