@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import cache
@@ -175,6 +176,12 @@ def test_full_disk_ends_with_a_message_and_leaves_the_last_checkpoint(whole: Pat
     assert last.exists()
     assert main(["--resume", str(tmp_path)]) == 0
     assert metrics(tmp_path)[-1]["epoch"] == 2
+
+
+def test_late_failures_of_a_save_are_not_printed_and_others_are(capsys: Any) -> None:
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
+        sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == "RuntimeError: another\n"
 
 
 def test_resuming_repeats_jaxs_random_numbers_too(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Checkpoints of one model's training: all that its next step depends on, written whole or not at all by Orbax."""
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +18,19 @@ from train.config import UserError
 from train.loop import Epoch, Learner, Phase
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every save, and of errors that we tell
+
+
+def _without_late_failures(show: Callable[..., Any]) -> Callable[..., None]:
+    """An excepthook that leaves out what other writes of a save print that has failed, and ended its event loop."""
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            show(kind, error, traceback)
+
+    return hook
+
+
+sys.excepthook = _without_late_failures(sys.excepthook)
 
 Found = TypeVar("Found")
 
