@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 MeshAxes = str | tuple[str, ...]
+LONG_ROW, SHORT_BLOCK = 2**15, 2**10
 
 
 class ClassAxis(NamedTuple):
@@ -38,6 +39,25 @@ class ClassAxis(NamedTuple):
         """Sum over all classes."""
         total = jnp.sum(x, self.position)
         return total if self.mesh_axis is None else lax.psum(total, self.mesh_axis)
+
+    def in_blocks(self, x: Float[Array, "..."], *rows: Array) -> tuple["ClassAxis", Array, *tuple[Array, ...]]:
+        """Each row in blocks of its classes, which are rows of `x` and `rows` then; on CPU, where the rows are long.
+
+        For sums: XLA's CPU backend computes their terms on the fly, but of longer rows it stores them all first, which
+        takes ten times as long. As it is where the length has no divisor that would do.
+        """
+        length = x.shape[self.position]
+        block = next((size for size in range(LONG_ROW, SHORT_BLOCK, -1) if length % size == 0), length)
+        cut = length > LONG_ROW >= block and self == ClassAxis(x.ndim - 1) and not on_explicit_mesh(x)
+        if not cut or jax.default_backend() != "cpu":
+            return self, x, *rows
+        shape = (*x.shape[:-1], length // block)
+        blocks = (jnp.broadcast_to(row[..., None], shape) for row in rows)
+        return ClassAxis(self.position + 1), x.reshape(*shape, block), *blocks
+
+    def sum_in(self, blocks: "ClassAxis", x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Sum over all classes of an array that has the axis that `in_blocks` of this one gave."""
+        return self.sum(x) if blocks == self else jnp.sum(lax.optimization_barrier(blocks.sum(x)), -1)
 
     def max(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Maximum over all classes, as a constant: no derivative passes through it."""

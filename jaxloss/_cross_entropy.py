@@ -211,11 +211,11 @@ def _smoothing_losses(
 ) -> Float[Array, "..."]:
     """-Σ_c w_c log p_c of each row, as W · normalizer - Σ_c w_c (z_c - max)."""
     (top,) = apart(top, 1)
-    relative = logits - axis.expand(top)
     if weight is None:
-        return axis.size(logits) * normalizer - axis.sum(relative)
+        blocks, cut, tops = axis.in_blocks(logits, top)
+        return axis.size(logits) * normalizer - axis.sum_in(blocks, cut - blocks.expand(tops))
     class_weights = along_classes(axis, weight, logits)
-    return axis.sum(class_weights) * normalizer - _weighted_sum(axis, class_weights, relative, kept)
+    return axis.sum(class_weights) * normalizer - _weighted_sum(axis, class_weights, logits - axis.expand(top), kept)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

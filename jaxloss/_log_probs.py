@@ -60,10 +60,14 @@ def _sum_others(
     if classes * jnp.finfo(top.dtype).eps >= 1:  # class indices are not exact in this dtype
         return jnp.where(kept, axis.sum(_others(axis, logits, top, targets, kept)), 0)
     # XLA's CPU reductions fuse this arithmetic mask, but would write a select out to memory.
-    index = lax.broadcasted_iota(top.dtype, logits.shape, axis.position)
-    distance = jnp.abs(index - axis.expand(axis.local(targets, classes).astype(top.dtype)))
-    terms = jnp.exp(logits.astype(top.dtype) - axis.expand(top)) * jnp.minimum(distance, 1)
-    return jnp.where(kept, axis.sum(terms), 0)
+    local = axis.local(targets, classes).astype(top.dtype)
+    blocks, logits, top, local = axis.in_blocks(logits, top, local)
+    if blocks != axis:
+        local -= logits.shape[-1] * lax.broadcasted_iota(local.dtype, local.shape, local.ndim - 1)
+    index = lax.broadcasted_iota(top.dtype, logits.shape, blocks.position)
+    distance = jnp.abs(index - blocks.expand(local))
+    terms = jnp.exp(logits.astype(top.dtype) - blocks.expand(top)) * jnp.minimum(distance, 1)
+    return jnp.where(kept, axis.sum_in(blocks, terms), 0)
 
 
 @_sum_others.defjvp
@@ -120,9 +124,11 @@ def _weigh_log_probs(
     normalizer: Float[Array, "..."],
 ) -> Float[Array, "..."]:
     (top,) = apart(top, 1)
-    log_probs = (logits - axis.expand(top)) - axis.expand(normalizer)
+    _, masses = axis.in_blocks(masses)
+    blocks, logits, top, normalizer = axis.in_blocks(logits, top, normalizer)
+    log_probs = (logits - blocks.expand(top)) - blocks.expand(normalizer)
     # Apart, or XLA merges this sum with the one over the rows: a single long sum rounds worse.
-    (sums,) = apart(axis.sum(masses * log_probs), 1)
+    (sums,) = apart(axis.sum_in(blocks, masses * log_probs), 1)
     return sums
 
 

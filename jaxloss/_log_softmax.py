@@ -69,9 +69,10 @@ def log_normalizer(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Ar
     The sum of e - ⌊e⌋ leaves out the maximum and all that ties with it, and the plain sum tells how many those were.
     `tops` is the maximum twice: the same array if exp(logits - max) is wanted in memory anyway, else two `apart`.
     """
-    exponentials, again = (jnp.exp(logits - axis.expand(top)) for top in tops)
-    others = axis.sum(again - jnp.floor(again))
-    maxima = jnp.round(axis.sum(exponentials) - others)
+    blocks, logits, *copies = axis.in_blocks(logits, *tops)
+    exponentials, again = (jnp.exp(logits - blocks.expand(top)) for top in copies)
+    others = axis.sum_in(blocks, again - jnp.floor(again))
+    maxima = jnp.round(axis.sum_in(blocks, exponentials) - others)
     return jnp.log1p(others + (maxima - 1))
 
 
