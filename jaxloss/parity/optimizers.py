@@ -225,7 +225,7 @@ def clip_grad_norm(max_norm: float, norm_type: float = 2.0) -> optax.GradientTra
         Array([0.6, 0.8], dtype=float32)
 
     References:
-        <https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html>
+        `PyTorch's page <https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html>`__
     """
 
     def clip(gradients: PyTree) -> PyTree:

@@ -58,7 +58,7 @@ class Generator:
             A float32 array of that shape.
 
         References:
-            <https://docs.pytorch.org/docs/stable/generated/torch.Tensor.uniform_.html>
+            `PyTorch's page <https://docs.pytorch.org/docs/stable/generated/torch.Tensor.uniform_.html>`__
         """
         units = (self.uint32(math.prod(shape)) & np.uint32(2**24 - 1)) * 2.0**-24
         width = float(np.float32(high) - np.float32(low))
@@ -130,7 +130,7 @@ class Generator:
         """A weight of this shape as `torch.nn.init.xavier_uniform_` draws it.
 
         References:
-            <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.xavier_uniform_>
+            `PyTorch's page <https://docs.pytorch.org/docs/stable/nn.init.html#torch.nn.init.xavier_uniform_>`__
         """
         outputs, inputs, *kernel = shape
         fans = (inputs + outputs) * math.prod(kernel)
