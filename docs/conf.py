@@ -21,8 +21,9 @@ nitpicky = True  # a link that leads nowhere is an error
 default_role = "code"  # docstrings are written in Markdown's quotes
 
 html_theme = "sphinx_book_theme"
-html_title = "jaxloss"
+html_title, html_favicon = "jaxloss", "_static/favicon.svg"
 html_theme_options = {"show_toc_level": 2, "use_fullscreen_button": False}
+html_context = {"default_mode": "auto"}  # dark where the reader's system is
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False

@@ -16,7 +16,7 @@ from jaxtyping import install_import_hook
 gc.set_threshold(100_000)  # of the tests' many compiled programs hardly anything is garbage, and looking takes long
 install_import_hook("jaxloss", "beartype.beartype")  # public functions opt out with no_type_check
 
-settings.register_profile("default", max_examples=500, deadline=None, derandomize=True)
+settings.register_profile("default", max_examples=300, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=5000, deadline=None)
 settings.load_profile("default")
 

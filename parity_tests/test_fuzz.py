@@ -1,6 +1,6 @@
 """Generated cases against PyTorch: values, gradients, dtypes, shapes, and error or no error.
 
-500 cases in plain pytest; 5,000 with `pytest parity_tests/test_fuzz.py --hypothesis-profile=thorough`.
+300 cases in plain pytest; 5,000 with `pytest parity_tests/test_fuzz.py --hypothesis-profile=thorough`.
 """
 
 from typing import Any
