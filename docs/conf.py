@@ -22,7 +22,7 @@ default_role = "code"  # docstrings are written in Markdown's quotes
 
 html_theme = "sphinx_book_theme"
 html_title, html_favicon = "jaxloss", "_static/favicon.svg"
-html_theme_options = {"show_toc_level": 2, "use_fullscreen_button": False}
+html_theme_options = {"show_toc_level": 2, "use_fullscreen_button": False, "navbar_persistent": []}
 html_context = {"default_mode": "auto"}  # dark where the reader's system is
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -34,6 +34,8 @@ nb_execution_mode = "force"
 nb_execution_timeout = 120  # seconds a cell
 nb_execution_raise_on_error = True
 nb_ipywidgets_js: dict = {}  # none from a CDN
+nb_merge_streams = True
+nb_render_markdown_format = "gfm"  # tables too
 copybutton_exclude = ".linenos, .gp, .go"
 
 autodoc_member_order = "bysource"
