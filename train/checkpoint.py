@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
@@ -20,17 +19,17 @@ from train.loop import Epoch, Learner, Phase
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every save, and of errors that we tell
 
 
-def _without_late_failures(show: Callable[..., Any]) -> Callable[..., None]:
-    """An excepthook that leaves out what other writes of a save print that has failed, and ended its event loop."""
+def _without_late_failures(show: Callable[[Any], object]) -> Callable[[Any], None]:
+    """An unraisablehook without what other writes of a save say that has failed already, and ended its event loop."""
 
-    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            show(kind, error, traceback)
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
 
     return hook
 
 
-sys.excepthook = _without_late_failures(sys.excepthook)
+sys.unraisablehook = _without_late_failures(sys.unraisablehook)
 
 Found = TypeVar("Found")
 
