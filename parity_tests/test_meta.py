@@ -329,3 +329,15 @@ def test_readme_training_speeds_are_those_of_the_committed_results():
         if "batch" in row
     ]
     assert readme_part("train").strip().splitlines()[2:] == expected
+
+
+def test_what_the_docs_include_is_there():
+    found = 0
+    for page in (ROOT / "docs").rglob("*.md"):
+        for path, options in re.findall(r"include\} (\S+)\n((?::.*\n)*)", page.read_text()):
+            text = (page.parent / path).read_text()
+            wanted = re.findall(r"(?:start-after|end-before): (.+)", options)
+            wanted += [f"class {name}(" for name in re.findall(r"pyobject: (\w+)", options)]
+            assert all(text.count(each) == 1 for each in wanted), f"{page}: {path}: {wanted}"
+            found += 1
+    assert found > 10
