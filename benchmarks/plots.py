@@ -73,8 +73,8 @@ def slug(text: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Writes it, the same bytes for the same results."""
-    with rc_context({"svg.hashsalt": path.name}):
+    """Writes it, the same bytes for the same results, with text as text."""
+    with rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
     return path
 
