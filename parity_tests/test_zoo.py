@@ -223,6 +223,27 @@ FAULTS = {
     "average without padding": Fault(
         "residual", set_on("", count_include_pad=False), "between bn2 and fc", "counts padding"
     ),
+    "pool padded SAME": Fault(
+        "residual",
+        calls(pool=lambda self, x: nnx.avg_pool(x, (3, 3), (2, 2), "SAME")),
+        "between bn2 and fc",
+        "pads SAME",
+    ),
+    "pool not padded": Fault(
+        "residual", calls(pool=lambda self, x: nnx.avg_pool(x, (3, 3), (2, 2))), "between bn2 and fc", "pads nothing"
+    ),
+    "pool without strides": Fault(
+        "residual",
+        calls(pool=lambda self, x: nnx.avg_pool(x, (3, 3), padding=pad())),
+        "between bn2 and fc",
+        "moves its window by 1",
+    ),
+    "another window": Fault(
+        "residual",
+        calls(pool=lambda self, x: nnx.avg_pool(x, (2, 2), (2, 2), pad())),
+        "between bn2 and fc",
+        "window is (2, 2)",
+    ),
     "maximum for average": Fault(
         "residual",
         calls(pool=lambda self, x: nnx.max_pool(x, (3, 3), (2, 2), pad())),

@@ -1,7 +1,7 @@
 """What ports do otherwise: for each PyTorch function, the calls that a faulty port makes in its place."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,13 +92,9 @@ def _conv(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
         return lambda: function(**{**given, **other})
 
     def same() -> Tensor:
-        pads: list[int] = []
-        for axis in reversed(range(axes)):
-            step, wide = (_at(given.get(name, 1), axis) for name in ("stride", "dilation"))
-            size, kernel = x.shape[2 + axis], wide * (weight.shape[2 + axis] - 1) + 1
-            total = max((math.ceil(size / step) - 1) * step + kernel - size, 0)
-            pads += [total // 2, total - total // 2]
-        return function(**{**given, "input": F.pad(x, pads), "padding": 0})
+        steps, wide = ([_at(given.get(name, 1), axis) for axis in range(axes)] for name in ("stride", "dilation"))
+        kernel = [wide[axis] * (weight.shape[2 + axis] - 1) + 1 for axis in range(axes)]
+        return function(**{**given, "input": F.pad(x, _same(x, kernel, steps)), "padding": 0})
 
     fix = f"pass padding={padding} to the Flax layer: its default is SAME, PyTorch's is 0"
     yield Change(f"the port pads SAME, PyTorch {padding}", fix, same)
@@ -110,6 +106,15 @@ def _conv(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
             yield Change(meaning, fix, lambda mode=mode: again(input=F.pad(x, pads, mode=mode), padding=0)())
     yield from _kernels(again, weight, range(2, weight.ndim))
     yield _no_bias(again)
+
+
+def _same(x: Tensor, kernel: Sequence[int], steps: Sequence[int]) -> list[int]:
+    """What SAME pads, as F.pad takes it: the last axis first."""
+    pads: list[int] = []
+    for size, window, step in reversed(list(zip(x.shape[2:], kernel, steps, strict=True))):
+        total = max((math.ceil(size / step) - 1) * step + window - size, 0)
+        pads += [total // 2, total - total // 2]
+    return pads
 
 
 def _linear(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
@@ -192,6 +197,23 @@ def _pool(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
         f"the port pools {words['avg' if kind == 'max' else 'max']}, PyTorch {words[kind]}", fix, lambda: other(**given)
     )
     yield Change("the port leaves out the pool", fix, lambda: given["input"])
+    x, padding = given["input"], given.get("padding", 0)
+    stride = given.get("stride") or given["kernel_size"]
+    kernel, steps = ([_at(value, axis) for axis in range(axes)] for value in (given["kernel_size"], stride))
+
+    def again(**other: Any) -> Callable[[], Tensor]:
+        return lambda: function(**{**given, "stride": stride, **other})
+
+    bordered = F.pad(x, _same(x, kernel, steps), value=float("-inf") if kind == "max" else 0.0)
+    fix = f"pass padding={tuple((_at(padding, axis),) * 2 for axis in range(axes))}"
+    yield Change(f"the port pads SAME, PyTorch {padding}", fix, again(input=bordered, padding=0))
+    yield Change(f"the port pads nothing, PyTorch {padding}", fix, again(padding=0))
+    fix = f"pass strides={tuple(steps)}: the default is 1, PyTorch's is the window"
+    yield Change(f"the port moves its window by 1, PyTorch by {stride}", fix, again(stride=1))
+    for change in (-1, 1):
+        other_window = tuple(size + change for size in kernel)
+        fix = f"pass window_shape={tuple(kernel)}"
+        yield Change(f"the port's window is {other_window}", fix, again(kernel_size=other_window))
     yield Change(
         "the port keeps an incomplete last window",
         "pass padding='VALID'",
