@@ -500,3 +500,26 @@ def test_fault_of_a_frozen_network_of_integers_is_found():
     port.layers[1].bias.set_value(port.layers[1].bias[...] + 1e-6)
     report = parity.check(original, port, torch.tensor([0, 6, 3, 3]), dtypes=["float64"])
     assert (report.first_divergence.place, report.first_divergence.quantity) == ("1", "bias")
+
+
+def test_a_pool_of_one_image_without_a_batch_has_its_reason_too():
+    class TorchUnbatched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(nn.functional.max_pool2d(x[0], 3, 2, 1).flatten(1))
+
+    class FlaxUnbatched(nnx.Module):
+        def __init__(self) -> None:
+            self.fc = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            pooled = nnx.max_pool(jnp.moveaxis(x[0], -1, 0)[..., None], (3, 3), (2, 2), "SAME")
+            return self.fc(pooled.reshape(pooled.shape[0], -1))
+
+    original = TorchUnbatched()
+    port = parity.load_torch(FlaxUnbatched(), original.state_dict())
+    report = parity.check(original, port, torch.randn(1, 2, 4, 4), losses=None, steps=0, dtypes=["float64"])
+    assert "pads SAME" in report.first_divergence.diagnosis

@@ -111,7 +111,7 @@ def _conv(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
 def _same(x: Tensor, kernel: Sequence[int], steps: Sequence[int]) -> list[int]:
     """What SAME pads, as F.pad takes it: the last axis first."""
     pads: list[int] = []
-    for size, window, step in reversed(list(zip(x.shape[2:], kernel, steps, strict=True))):
+    for size, window, step in reversed(list(zip(x.shape[-len(kernel) :], kernel, steps, strict=True))):
         total = max((math.ceil(size / step) - 1) * step + window - size, 0)
         pads += [total // 2, total - total // 2]
     return pads
@@ -204,9 +204,12 @@ def _pool(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
     def again(**other: Any) -> Callable[[], Tensor]:
         return lambda: function(**{**given, "stride": stride, **other})
 
-    bordered = F.pad(x, _same(x, kernel, steps), value=float("-inf") if kind == "max" else 0.0)
+    def same() -> Tensor:
+        bordered = F.pad(x, _same(x, kernel, steps), value=float("-inf") if kind == "max" else 0.0)
+        return again(input=bordered, padding=0)()
+
     fix = f"pass padding={tuple((_at(padding, axis),) * 2 for axis in range(axes))}"
-    yield Change(f"the port pads SAME, PyTorch {padding}", fix, again(input=bordered, padding=0))
+    yield Change(f"the port pads SAME, PyTorch {padding}", fix, same)
     yield Change(f"the port pads nothing, PyTorch {padding}", fix, again(padding=0))
     fix = f"pass strides={tuple(steps)}: the default is 1, PyTorch's is the window"
     yield Change(f"the port moves its window by 1, PyTorch by {stride}", fix, again(stride=1))
