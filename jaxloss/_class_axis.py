@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 MeshAxes = str | tuple[str, ...]
-LONG_ROW, SHORT_BLOCK = 2**15, 2**10
+LONG_ROW, SHORT_BLOCK = 2**15, 2**10  # classes, see `ClassAxis.in_blocks`
 
 
 class ClassAxis(NamedTuple):
@@ -47,9 +47,11 @@ class ClassAxis(NamedTuple):
         takes ten times as long. As it is where the length has no divisor that would do.
         """
         length = x.shape[self.position]
-        block = next((size for size in range(LONG_ROW, SHORT_BLOCK, -1) if length % size == 0), length)
-        cut = length > LONG_ROW >= block and self == ClassAxis(x.ndim - 1) and not on_explicit_mesh(x)
-        if not cut or jax.default_backend() != "cpu":
+        long = length > LONG_ROW and jax.default_backend() == "cpu"
+        if not long or self != ClassAxis(x.ndim - 1) or on_explicit_mesh(x):
+            return self, x, *rows
+        block = next((size for size in range(LONG_ROW, SHORT_BLOCK, -1) if length % size == 0), None)
+        if block is None:
             return self, x, *rows
         shape = (*x.shape[:-1], length // block)
         blocks = (jnp.broadcast_to(row[..., None], shape) for row in rows)
