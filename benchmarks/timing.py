@@ -31,8 +31,8 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(16 * 2**20), "MALLOC_TRIM_THRESHOLD_": s
 PLATFORM = jax.default_backend()
 SEEN = 1_000_000  # elements of an answer that are compared
 TORCH = torch.device("cuda" if PLATFORM == "gpu" else "cpu")
-# How far answers may differ: of each element, and of the largest.
-TOLERANCES = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 3e-2}  # of the norm; what PyTorch rounds in between is 2 %
+# How far answers may differ, of their norm: what PyTorch rounds in between in bfloat16 is 2 %.
+TOLERANCES = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 3e-2}
 MATMUL = "float32"  # what products of float32 matrices compute in
 if TORCH.type == "cuda":  # as XLA does by default
     torch.set_float32_matmul_precision("high")
