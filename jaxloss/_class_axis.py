@@ -16,11 +16,13 @@ LONG_ROW, SHORT_BLOCK = 2**15, 2**10  # classes, see `ClassAxis.in_blocks`
 class ClassAxis(NamedTuple):
     """Where the classes are: an array axis and, inside `shard_map`, the mesh axis (or axes) that split it.
 
+    `widened` says that `x` was cast from another dtype, and its gradient will be cast back.
     An array with the classes is called `x`; `rows` is an array without that axis.
     """
 
     position: int
     mesh_axis: MeshAxes | None = None
+    widened: bool = False
 
     @property
     def mesh_axes(self) -> tuple[str, ...]:
@@ -40,6 +42,11 @@ class ClassAxis(NamedTuple):
         total = jnp.sum(x, self.position)
         return total if self.mesh_axis is None else lax.psum(total, self.mesh_axis)
 
+    def has_whole_rows_on_cpu(self, x: Array) -> bool:
+        """Whether each row is one stretch of a CPU's memory."""
+        here = self.mesh_axis is None and self.position == x.ndim - 1 and not on_explicit_mesh(x)
+        return here and jax.default_backend() == "cpu"
+
     def in_blocks(self, x: Float[Array, "..."], *rows: Array) -> tuple["ClassAxis", Array, *tuple[Array, ...]]:
         """Each row in blocks of its classes, which are rows of `x` and `rows` then; on CPU, where the rows are long.
 
@@ -47,15 +54,14 @@ class ClassAxis(NamedTuple):
         takes ten times as long. As it is where the length has no divisor that would do.
         """
         length = x.shape[self.position]
-        long = length > LONG_ROW and jax.default_backend() == "cpu"
-        if not long or self != ClassAxis(x.ndim - 1) or on_explicit_mesh(x):
+        if length <= LONG_ROW or not self.has_whole_rows_on_cpu(x):
             return self, x, *rows
         block = next((size for size in range(LONG_ROW, SHORT_BLOCK, -1) if length % size == 0), None)
         if block is None:
             return self, x, *rows
         shape = (*x.shape[:-1], length // block)
         blocks = (jnp.broadcast_to(row[..., None], shape) for row in rows)
-        return ClassAxis(self.position + 1), x.reshape(*shape, block), *blocks
+        return self._replace(position=self.position + 1), x.reshape(*shape, block), *blocks
 
     def sum_in(self, blocks: "ClassAxis", x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Sum over all classes of an array that has the axis that `in_blocks` of this one gave."""
@@ -150,7 +156,7 @@ def _pick_jvp(axis: ClassAxis, spread: bool, primals: tuple, tangents: tuple) ->
     x, targets = primals
     # The transpose of a masked sum is one elementwise select; that of a gather is one scattered element to a row, which
     # XLA adds to the rest of the gradient in place. Neither the mask nor the index is kept.
-    pick = _pick_masked if spread or not axis.scatters(x) else _pick
+    pick = _pick_masked if spread or axis.widened or not axis.scatters(x) else _pick
     pick = jax.checkpoint(pick, prevent_cse=False, static_argnums=(0, 1))
     return _pick(axis, spread, x, targets), pick(axis, spread, tangents[0], targets)
 

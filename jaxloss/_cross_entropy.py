@@ -5,13 +5,15 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num
 
 from jaxloss import _checks
 from jaxloss._class_axis import ClassAxis
-from jaxloss._log_probs import expected_log_prob, target_log_prob
+from jaxloss._log_probs import ROWS, expected_log_prob, target_log_prob
 from jaxloss._log_softmax import accumulator, apart
 from jaxloss._nll import Reduction, reduce_rows, weigh_rows
 
@@ -130,18 +132,19 @@ def _cross_entropy(
     dtype: jnp.dtype,
 ) -> Float[Array, "..."]:
     targets, weight = _as_split(axis, logits, targets, weight)
-    values = logits.astype(_checks.promote(accumulator(logits).dtype, dtype))
-    label_smoothing, z_loss = (None if x is None else jnp.asarray(x, values.dtype) for x in (label_smoothing, z_loss))
+    wide = _checks.promote(accumulator(logits).dtype, dtype)
+    label_smoothing, z_loss = (None if x is None else jnp.asarray(x, wide) for x in (label_smoothing, z_loss))
     options = (weight, label_smoothing, z_loss)
     if jnp.issubdtype(targets.dtype, jnp.floating):
-        losses = _probability_losses(axis, values, targets.astype(values.dtype), *options)
+        losses = _probability_losses(axis, logits.astype(wide), targets.astype(wide), *options)
         # PyTorch counts the rows as elements / classes, so that the mean over no classes is NaN.
         row_weights = jnp.full_like(losses, min(logits.shape[axis.position], 1))
         return reduce_rows(losses, row_weights, reduction).astype(dtype)
-    # Without smoothing the gradient's two terms do not overlap: each can be rounded to a half type by itself, and no
-    # widened array is needed.
-    unwidened = logits if label_smoothing is None else values
-    return _index_loss(axis, unwidened, values.dtype, targets, *options, ignore_index, reduction).astype(dtype)
+
+    # What is kept for the gradient besides: the logits as they came, not what is made of them.
+    policy = jax.checkpoint_policies.save_only_these_names(ROWS)
+    loss = jax.checkpoint(_index_loss, prevent_cse=False, policy=policy, static_argnums=(0, 2, 7, 8))
+    return loss(axis, logits, wide, targets, *options, ignore_index, reduction).astype(dtype)
 
 
 def _as_split(axis: ClassAxis, logits: Array, targets: Array, weight: Array | None) -> tuple[Array, Array | None]:
@@ -175,7 +178,7 @@ def losses_of_rows(
 
 def _index_loss(
     axis: ClassAxis,
-    logits: Float[Array, "..."],
+    narrow: Float[Array, "..."],
     dtype: jnp.dtype,
     targets: Integer[Array, "..."],
     weight: Num[Array, " classes"] | None,
@@ -184,21 +187,39 @@ def _index_loss(
     ignore_index: int,
     reduction: Reduction,
 ) -> Float[Array, "..."]:
-    """The loss, or each row's, computed in `dtype`."""
-    kept, row_weights = weigh_rows(axis, axis.size(logits), targets, weight, ignore_index, dtype)
-    top = axis.max(logits).astype(dtype)
-    log_prob, normalizer = target_log_prob(axis, logits, top, targets, kept)
+    """The loss, or each row's, of logits that are cast to `dtype` first."""
+    kept, row_weights = weigh_rows(axis, axis.size(narrow), targets, weight, ignore_index, dtype)
+    logits = _without_gradient(axis, narrow, ~kept).astype(dtype)
+    axis = axis._replace(widened=narrow.dtype != dtype)
+    top = checkpoint_name(axis.max(narrow).astype(dtype), ROWS)
+    at_target = axis.pick(logits if axis.widened else narrow, targets)
+    log_prob, normalizer = target_log_prob(axis, logits, top, at_target, targets, kept)
 
     def reduce(losses: Float[Array, "..."]) -> Float[Array, "..."]:
         return reduce_rows(jnp.where(kept, losses, 0), row_weights, reduction)
 
     loss = reduce(-row_weights * log_prob)
     if label_smoothing is not None:  # term by term, so that weights of 0 throughout are NaN as in PyTorch
-        smooth = reduce(_smoothing_losses(axis, logits, top, normalizer, kept, weight))
+        smooth = reduce(_smoothing_losses(axis, logits, top, normalizer, kept, weight, narrow))
         loss = (1 - label_smoothing) * loss + label_smoothing / axis.size(logits) * smooth
     if z_loss is not None:
         loss = loss + z_loss * reduce(row_weights * (top + normalizer) ** 2)
     return loss
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _without_gradient(axis: ClassAxis, x: Float[Array, "..."], rows: Bool[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, whose derivative is 0 in some rows, also where NaN multiplies it."""
+    return x
+
+
+@_without_gradient.defjvp
+def _without_gradient_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x, rows = primals
+    # This select is the last of what makes the gradient, after the cast to a half type: before it XLA would not use
+    # the CPU's vectors. The mask is not kept.
+    select = partial(jax.checkpoint, prevent_cse=False)(lambda rows, dx: jnp.where(axis.expand(rows), 0, dx))
+    return _without_gradient(axis, x, rows), select(rows, tangents[0])
 
 
 def _smoothing_losses(
@@ -208,34 +229,67 @@ def _smoothing_losses(
     normalizer: Float[Array, "..."],
     kept: Bool[Array, "..."],
     weight: Num[Array, " classes"] | None,
+    narrow: Float[Array, "..."],
 ) -> Float[Array, "..."]:
     """-Σ_c w_c log p_c of each row, as W · normalizer - Σ_c w_c (z_c - max)."""
-    (top,) = apart(top, 1)
     if weight is None:
-        blocks, cut, tops = axis.in_blocks(logits, top)
-        return axis.size(logits) * normalizer - axis.sum_in(blocks, cut - blocks.expand(tops))
-    class_weights = along_classes(axis, weight, logits)
-    return axis.sum(class_weights) * normalizer - _weighted_sum(axis, class_weights, logits - axis.expand(top), kept)
+        class_weights, total = jnp.ones((1,) * logits.ndim, logits.dtype), axis.size(logits)
+    else:
+        class_weights = along_classes(axis, weight, logits)
+        total = axis.sum(class_weights)
+    weighted_sum = checkpoint_name(_weighted_sum(axis, class_weights, logits, top, kept, narrow), ROWS)
+    return total * normalizer - weighted_sum
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _weighted_sum(
-    axis: ClassAxis, class_weights: Float[Array, "..."], relative: Float[Array, "..."], kept: Bool[Array, "..."]
+    axis: ClassAxis,
+    class_weights: Float[Array, "..."],
+    logits: Float[Array, "..."],
+    top: Float[Array, "..."],
+    kept: Bool[Array, "..."],
+    narrow: Float[Array, "..."],
 ) -> Float[Array, "..."]:
-    return axis.sum(class_weights * relative)
+    """Σ_c w_c (z_c - max) of each row: its value that of `narrow`, its derivative that of `logits`, which are equal.
+
+    On CPU as Σ_c w_c z_c - W max, which is faster, where that loses no digits: where W max is small against all sums.
+    """
+    (top,) = apart(top, 1)
+    if class_weights.size > 1:  # of weights that the gradient shares XLA would write the broadcast to memory
+        (class_weights,) = apart(class_weights, 1)
+    classes, fast = narrow.shape[axis.position], axis.has_whole_rows_on_cpu(narrow)
+    if fast:
+        class_weights = jnp.broadcast_to(class_weights, (1,) * (narrow.ndim - 1) + (classes,))
+    blocks, cut, tops = axis.in_blocks(narrow, top)
+    (cut,) = apart(cut, 1)  # and of logits in a half type, their cast
+    _, weights = axis.in_blocks(class_weights)
+
+    def term_by_term() -> Float[Array, "..."]:
+        return axis.sum_in(blocks, (cut.astype(top.dtype) - blocks.expand(tops)) * weights)
+
+    if not fast:
+        return term_by_term()
+    flat = class_weights.reshape(-1)
+    if narrow.dtype == flat.dtype:
+        product = jnp.matmul(narrow, flat, precision="highest")
+    else:
+        product = axis.sum_in(blocks, cut.astype(flat.dtype) * weights)
+    difference = product - top * jnp.sum(flat)
+    small = jnp.abs(top) * jnp.sum(jnp.abs(flat)) <= (4 if classes <= 2**10 else 2) * jnp.abs(difference)
+    return lax.cond(jnp.all(small & jnp.isfinite(difference) | ~kept), lambda: difference, term_by_term)
 
 
 @partial(_weighted_sum.defjvp, symbolic_zeros=True)
 def _weighted_sum_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    class_weights, relative, kept = primals
-    dweights, drelative, _ = tangents
-    total = _weighted_sum(axis, class_weights, relative, kept)
+    class_weights, logits, top, kept, _ = primals
+    dweights, dlogits, *_ = tangents
+    total = _weighted_sum(axis, *primals)
     tangent = jnp.zeros_like(total)
-    if not isinstance(drelative, SymbolicZero):
-        tangent += axis.sum(class_weights * drelative)
+    if not isinstance(dlogits, SymbolicZero):
+        tangent += axis.sum(class_weights * dlogits)
     if not isinstance(dweights, SymbolicZero):
         # Only the weights' gradient reads the logits: NaN in an ignored row stops here, at no cost to anyone else.
-        tangent += axis.sum(dweights * jnp.where(axis.expand(kept), relative, 0))
+        tangent += axis.sum(dweights * jnp.where(axis.expand(kept), logits - axis.expand(top), 0))
     return total, tangent
 
 

@@ -1,7 +1,6 @@
 """The differentiable core: each row's log-probability of its target, its mean over given masses, and its entropy.
 
 The first two do not keep an array of the size of the logits between the passes, and all stay exact on confident rows.
-The logits of a target may be of a half type: they are widened where they are used, to the dtype of `top`, the maximum.
 """
 
 from functools import partial
@@ -9,26 +8,31 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxloss._class_axis import ClassAxis
 from jaxloss._log_softmax import apart, is_likely, less_one, log_normalizer, log_softmax_core
 
+ROWS = "jaxloss: one number to a row"  # for a checkpoint's policy
+
 
 def target_log_prob(
     axis: ClassAxis,
     logits: Float[Array, "..."],
     top: Float[Array, "..."],
+    at_target: Float[Array, "..."],
     targets: Integer[Array, "..."],
     kept: Bool[Array, "..."],
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Each row's log-probability of its target, and log Σ exp(logits - top); constants in rows that are not kept.
+    """Each row's log-probability of its target, and log Σ exp(logits - top); of no meaning in rows that are not kept.
 
     Leaving the target out of the sum keeps a confident row exact: 1 - p is a sum of small terms, not a difference.
     """
-    margin = jnp.where(kept, axis.pick(logits, targets).astype(top.dtype) - top, 0)
-    return _join(margin, _sum_others(axis, logits, top, targets, kept))
+    margin = jnp.where(kept, at_target - top, 0)
+    others = _sum_others(axis, logits, top, targets, kept)
+    return _join(*(checkpoint_name(rows, ROWS) for rows in (margin, others)))
 
 
 @jax.custom_jvp
@@ -58,7 +62,7 @@ def _sum_others(
     """Σ exp(logits - top) over the classes other than the target; 0 in rows that are not kept."""
     classes = logits.shape[axis.position]
     if classes * jnp.finfo(top.dtype).eps >= 1:  # class indices are not exact in this dtype
-        return jnp.where(kept, axis.sum(_others(axis, logits, top, targets, kept)), 0)
+        return jnp.where(kept, axis.sum(_others(axis, logits, top, targets)), 0)
     # XLA's CPU reductions fuse this arithmetic mask, but would write a select out to memory.
     local = axis.local(targets, classes).astype(top.dtype)
     blocks, logits, top, local = axis.in_blocks(logits, top, local)
@@ -66,7 +70,7 @@ def _sum_others(
         local -= logits.shape[-1] * lax.broadcasted_iota(local.dtype, local.shape, local.ndim - 1)
     index = lax.broadcasted_iota(top.dtype, logits.shape, blocks.position)
     distance = jnp.abs(index - blocks.expand(local))
-    terms = jnp.exp(logits.astype(top.dtype) - blocks.expand(top)) * jnp.minimum(distance, 1)
+    terms = jnp.exp(logits - blocks.expand(top)) * jnp.minimum(distance, 1)
     return jnp.where(kept, axis.sum_in(blocks, terms), 0)
 
 
@@ -76,35 +80,24 @@ def _sum_others_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[A
 
     @partial(jax.checkpoint, prevent_cse=False)  # the residual is the logits, not a second array of that size
     def tangent(logits: Float[Array, "..."], dlogits: Float[Array, "..."]) -> Float[Array, "..."]:
-        return axis.sum(_push(axis, _others(axis, logits, top, targets, kept), kept, dlogits))
+        return axis.sum(_others(axis, logits, top, targets) * dlogits)
 
-    total = axis.sum(_others(axis, logits, top, targets, kept))
+    total = axis.sum(_others(axis, logits, top, targets))
     return jnp.where(kept, total, 0), tangent(logits, tangents[0])
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _others(
-    axis: ClassAxis,
-    logits: Float[Array, "..."],
-    top: Float[Array, "..."],
-    targets: Integer[Array, "..."],
-    kept: Bool[Array, "..."],
+    axis: ClassAxis, logits: Float[Array, "..."], top: Float[Array, "..."], targets: Integer[Array, "..."]
 ) -> Float[Array, "..."]:
     """exp(logits - top), 0 at the target."""
-    return axis.without_target(jnp.exp(logits.astype(top.dtype) - axis.expand(top)), targets)
+    return axis.without_target(jnp.exp(logits - axis.expand(top)), targets)
 
 
 @_others.defjvp
 def _others_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     others = _others(axis, *primals)
-    return others, _push(axis, others, primals[3], tangents[0])
-
-
-def _push(
-    axis: ClassAxis, others: Float[Array, "..."], kept: Bool[Array, "..."], dlogits: Float[Array, "..."]
-) -> Float[Array, "..."]:
-    """The tangent of `_others`; its transpose ends with the select, so an ignored row gets 0 even if it holds NaN."""
-    return others * jnp.where(axis.expand(kept), dlogits.astype(others.dtype), 0)
+    return others, others * tangents[0]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import jaxloss
+from jaxloss import _cross_entropy
 from parity_tests.gates import (
     FLOAT16_GRADIENT_RATIO,
     assert_errors_within_ratio,
@@ -148,6 +149,59 @@ def test_error_stays_small_over_many_classes(classes):
         oracle = evaluate_jax("cross_entropy", arrays, {}, "float64", 1)
     assert_errors_within_ratio([(ours["dvalues"], theirs["dvalues"], oracle["dvalues"])])
     np.testing.assert_allclose(ours["loss"], oracle["loss"], rtol=2e-7)
+
+
+def smoothing_error(dtype: str, weight: np.ndarray | None, offset: float) -> float:
+    """The largest relative error of a row's loss of label smoothing alone."""
+    logits = np.random.default_rng(0).normal(size=(16, 300)) + offset
+    logits = jnp.asarray(round_to(logits, dtype), dtype)
+    keywords = {"reduction": "none", "label_smoothing": 1.0, "weight": weight}
+    found = jaxloss.cross_entropy(logits, np.arange(16), dtype="float32", **keywords)
+    with jax.enable_x64(True):
+        exact = np.asarray(jaxloss.cross_entropy(logits.astype("float64"), np.arange(16), **keywords))
+    return float(np.max(np.abs(np.asarray(found) / exact - 1)))
+
+
+@pytest.mark.parametrize(("dtype", "weighted"), [("float32", False), ("float32", True), ("bfloat16", True)])
+def test_label_smoothing_keeps_its_digits_beside_a_common_offset(dtype, weighted, monkeypatch):
+    weight = np.linspace(0.5, 1.5, 300, dtype=np.float32) if weighted else None
+    for offset in (0, 2, -2, 10, -10, 1e3, -1e3):
+        assert smoothing_error(dtype, weight, offset) < 1e-6
+    monkeypatch.setattr(_cross_entropy.lax, "cond", lambda exact, fast, slow: fast())
+    jax.clear_caches()
+    assert smoothing_error(dtype, weight, 2) < 1e-6
+    assert smoothing_error(dtype, weight, 1e3) > 1e-5
+
+
+def test_label_smoothing_of_the_largest_logits_is_finite():
+    logits = np.full((2, 300), 3e38, np.float32)
+    logits[:, 0] = 2.9e38
+    np.testing.assert_allclose(jaxloss.cross_entropy(logits, [0, 1], label_smoothing=1.0), 1e37 / 300, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("axis", [1, 0])
+def test_a_half_gradient_is_rounded_once(dtype, axis):
+    rng = np.random.default_rng(0)
+    logits, targets = jnp.asarray(rng.normal(size=(64, 300)), dtype), rng.integers(0, 300, 64)
+    weight = np.linspace(0.5, 1.5, 300, dtype=np.float32)
+    if axis == 0:
+        logits = logits.T
+
+    def gradient(logits: jax.Array, smoothing: float) -> np.ndarray:
+        keywords = {"label_smoothing": smoothing, "weight": weight, "ignore_index": 3, "axis": axis}
+        keywords |= {"reduction": "sum", "dtype": "float32"}
+        return np.asarray(jax.grad(jaxloss.cross_entropy)(logits, targets, **keywords), np.float32)
+
+    def furthest(found: np.ndarray) -> float:
+        exact = gradient(logits.astype("float32"), 0.1)
+        least, precision = (float(x) for x in (jnp.finfo(dtype).smallest_normal, jnp.finfo(dtype).eps))
+        step = np.maximum(2.0 ** np.floor(np.log2(np.abs(exact) + 1e-30)), least) * precision
+        return float(np.max(np.abs(found - exact) / step))
+
+    assert furthest(gradient(logits, 0.1)) < 0.501
+    of_parts = round_to(0.9 * gradient(logits, 0), dtype) + round_to(0.1 * gradient(logits, 1), dtype)
+    assert furthest(round_to(of_parts, dtype)) > 0.51
 
 
 def log_normaliser(logits):

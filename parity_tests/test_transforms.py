@@ -199,8 +199,9 @@ def test_derivatives_of_confident_rows_match_the_formula(kind, order, x64):
         (jnp.float32, {"label_smoothing": 0.1, "z_loss": 0.1}),
         (jnp.float32, {"label_smoothing": 0.1, "weight": np.ones(512, np.float32)}),
         (jnp.bfloat16, {"z_loss": 0.1, "weight": np.ones(512, np.float32), "dtype": jnp.float32}),
+        (jnp.bfloat16, {"label_smoothing": 0.1, "weight": np.ones(512, np.float32)}),
     ],
-    ids=["plain", "bfloat16", "smoothing", "weight", "bfloat16, weight"],
+    ids=["plain", "bfloat16", "smoothing", "weight", "bfloat16, weight", "bfloat16, smoothing"],
 )
 def test_index_targets_keep_the_logits_alone(dtype, options):
     logits, targets = jnp.ones((64, 512), dtype), jnp.zeros(64, jnp.int32)
