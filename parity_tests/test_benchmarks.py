@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -17,13 +20,14 @@ from benchmarks.__main__ import ALL
 from benchmarks.growth import curves
 from benchmarks.hlo import collectives
 from benchmarks.timing import HAS_COMPILER, assert_same_answers, quartiles, spread, told
+from benchmarks.train import SHARES, profiled
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 300  # no table is narrowed
 KINDS = {  # of rows: the keys that hold what is measured
     "losses": {"milliseconds", "temporaries"},
     "linear": {"milliseconds", "temporaries", "resident"},
-    "train": {"milliseconds", "sent"},
+    "train": {"milliseconds", SHARES, "sent"},
     "start": {"milliseconds"},
     "accuracy": {"seconds"},
 }
@@ -62,6 +66,12 @@ def test_suite_runs_from_end_to_end(suite, tmp_path):
     assert pictures == {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
     for row in rows:  # the gradients of all parameters, at least
         assert sum(row.get("sent", {}).values()) >= row.get("parameters", 0)
+
+
+def test_a_profile_tells_programs_from_python():
+    program = jax.jit(lambda x: x @ x).lower(jnp.ones((200, 200))).compile()
+    assert profiled(lambda: time.sleep(0.01)) == 0
+    assert 0 < profiled(lambda: program(jnp.ones((200, 200))).block_until_ready()) < 1
 
 
 def test_all_runs_every_suite_but_accuracy():

@@ -96,7 +96,7 @@ def test_training_loads_no_torch_and_the_second_start_finds_the_programs_of_the_
         assert (process.returncode, err) == (0, "")
         outputs.append(out)
         programs.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("jit_step*-cache")})
-    assert len(programs[0]) == 1
+    assert {path.name.split("-")[0] for path in programs[0]} == {"jit_step", "jit_steps"}
     assert programs[0] == programs[1]
     assert loss_of(outputs[0]) == loss_of(outputs[1])
     first, second = (tmp_path / run / "net/model.safetensors" for run in ("first", "second"))

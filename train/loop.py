@@ -22,6 +22,7 @@ from train.randomness import RANDOMNESS
 from train.schedules import learning_rate, make_optimizer
 from train.steps import (
     Loss,
+    Params,
     Part,
     State,
     Sums,
@@ -39,6 +40,9 @@ EVALUATION_BATCH = 250
 # One CPU device takes a batch in calls of at most so many images, and these in pieces of so many: the activations of a
 # large batch would get fresh pages from the system in every step, which takes longer than to compute them.
 CALL, PIECE = 100, 25
+
+# Steps at once on a CPU, if a batch takes one call. In a loop XLA computes the CNN's convolutions on a single thread.
+DISPATCH: dict[ModelName, int] = {"cnn": 1, "net": 8}
 
 LOSSES: dict[ModelName, Loss] = {
     "cnn": cross_entropy,  # of logits
@@ -66,6 +70,13 @@ class Epoch:
     lr: float  # at its first step
     training: Phase
     validation: Phase
+
+
+def default_dispatch(recipe: Recipe, model: ModelName) -> int:
+    """How many steps are best handed to this platform's devices at once."""
+    if jax.default_backend() != "cpu":
+        return 20
+    return DISPATCH[model] if recipe.batch_size <= CALL else 1
 
 
 def read(totals: Totals, steps: int, images: int, start: float) -> Phase:
@@ -154,7 +165,7 @@ class Learner:
             rows, masks = jax.lax.with_sharding_constraint(part[:2], self._divided)
             return part._replace(rows=rows, masks=masks)
 
-        def add(params: nnx.State, sums: Sums | None, split: Split, part: Part) -> Sums:
+        def add(params: Params, sums: Sums | None, split: Split, part: Part) -> Sums:
             return add_part(self.forward, self.loss, params, sums, split, divided(part), piece)
 
         def step(state: State, sums: Sums | None, split: Split, part: Part) -> tuple[State, Array]:
@@ -167,7 +178,7 @@ class Learner:
         evaluated.eval()
         predict, _ = functional(evaluated)
 
-        def evaluate(params: nnx.State, totals: Totals, split: Split, rows: Array) -> tuple[Totals, Array]:
+        def evaluate(params: Params, totals: Totals, split: Split, rows: Array) -> tuple[Totals, Array]:
             rows = jax.lax.with_sharding_constraint(rows, self._divided)
             return evaluation_step(predict, self.loss, params, totals, split, rows)
 

@@ -21,11 +21,11 @@ from safetensors.numpy import save_file
 
 import jaxloss
 from jaxloss.parity import to_torch
-from train.config import Config, UserError
+from train.config import Config, ModelName, UserError
 from train.data import Dataset, load
 from train.devices import join, make_mesh, watched
 from train.html import save_report
-from train.loop import Cost, Epoch, Learner
+from train.loop import Cost, Epoch, Learner, default_dispatch
 from train.plots import save_confusion, save_curves
 from train.report import Monitor, Result, table
 
@@ -49,7 +49,7 @@ def _run(config: Config) -> int:
     results = []
     with _interruptible() as interrupted:
         for model in config.models:
-            dispatch = _dispatch(config)
+            dispatch = _dispatch(config, model)
             learner = Learner(model, config.recipe(model), data, config.seed, config.rng, mesh=mesh, dispatch=dispatch)
             outdated = folder is not None and _remove_weights(folder / model)
             results.append(_train(learner, config, folder, interrupted, console))
@@ -105,11 +105,11 @@ def _train(learner: Learner, config: Config, folder: Path | None, interrupted: E
     return Result(learner, epochs, learner.evaluate()[1])
 
 
-def _dispatch(config: Config) -> int:
+def _dispatch(config: Config, model: ModelName) -> int:
     """How many steps at once, so that each checkpoint falls between two dispatches."""
     if config.dry_run:
         return 1
-    asked = config.dispatch or (1 if jax.default_backend() == "cpu" else 20)
+    asked = config.dispatch or default_dispatch(config.recipe(model), model)
     return math.gcd(asked, config.checkpoint_every)
 
 

@@ -19,6 +19,7 @@ IGNORED = -100  # the losses' default ignore_index, as the label of the rows tha
 
 Loss = Callable[..., Array]
 Forward = Callable[..., Array]  # of a model's parameters and its inputs
+Params = dict[str, Any]  # nested, of arrays: nnx.State has to be taken apart and built in Python at every call
 Masks = tuple[DropoutMasks, ...]  # none for a model without dropout
 
 
@@ -34,7 +35,7 @@ class Sums(NamedTuple):
     """What the parts of a batch add up to."""
 
     cost_and_correct: tuple[Array, Array]  # the batch's mean loss, and a count
-    gradients: nnx.State
+    gradients: Params
 
 
 class Totals(NamedTuple):
@@ -48,7 +49,7 @@ class Totals(NamedTuple):
 class State(NamedTuple):
     """What a step changes. It is donated: each step writes into the last one's buffers."""
 
-    params: nnx.State
+    params: Params
     optimizer: optax.OptState
     totals: Totals
 
@@ -71,7 +72,7 @@ def zero_totals() -> Totals:
     return Totals(*(np.zeros((), jax.dtypes.canonicalize_dtype(dtype)) for dtype in (float, float, np.int32)))
 
 
-def zero_sums(params: nnx.State) -> Sums:
+def zero_sums(params: Params) -> Sums:
     """Of no part."""
     return Sums((jnp.zeros((), dtype_of(params)), jnp.zeros((), jnp.int32)), jax.tree.map(jnp.zeros_like, params))
 
@@ -81,19 +82,19 @@ def count_correct(outputs: Array, labels: Array) -> Array:
     return jnp.sum(outputs.argmax(axis=-1) == labels, dtype=jnp.int32)
 
 
-def dtype_of(params: nnx.State) -> np.dtype:
+def dtype_of(params: Params) -> np.dtype:
     """The one in which a model computes."""
     return jax.tree.leaves(params)[0].dtype
 
 
 def add_part(
-    forward: Forward, loss: Loss, params: nnx.State, sums: Sums | None, split: Split, part: Part, at_once: int | None
+    forward: Forward, loss: Loss, params: Params, sums: Sums | None, split: Split, part: Part, at_once: int | None
 ) -> Sums:
     """Add a part of a batch, all at once or so many images after the other, to the sums over the parts before it."""
     rows, masks, count = part
     at_once = at_once or len(rows)
 
-    def objective(params: nnx.State, images: Array, labels: Array, masks: Masks) -> tuple[Array, Array]:
+    def objective(params: Params, images: Array, labels: Array, masks: Masks) -> tuple[Array, Array]:
         outputs = forward(params, images, *masks)
         return loss(outputs, labels, reduction="sum") / count, count_correct(outputs, labels)
 
@@ -110,12 +111,12 @@ def training_step(
     (cost, correct), gradients = sums
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     totals = Totals(state.totals.costs + cost, state.totals.losses + cost * count, state.totals.correct + correct)
-    params = cast(nnx.State, optax.apply_updates(state.params, updates))
+    params = cast(Params, optax.apply_updates(state.params, updates))
     return State(params, optimizer_state, totals), cost
 
 
 def evaluation_step(
-    forward: Forward, loss: Loss, params: nnx.State, totals: Totals, split: Split, rows: Array
+    forward: Forward, loss: Loss, params: Params, totals: Totals, split: Split, rows: Array
 ) -> tuple[Totals, Array]:
     """Add the images at ``rows`` to ``totals``; also returns the model's outputs for them."""
     images, labels = take(split, rows, dtype_of(params))
@@ -126,11 +127,11 @@ def evaluation_step(
     return totals, outputs
 
 
-def functional(module: nnx.Module) -> tuple[Forward, nnx.State]:
+def functional(module: nnx.Module) -> tuple[Forward, Params]:
     """A module as a function of its parameters, which are returned too, and its inputs."""
     graph, params, rest = nnx.split(module, nnx.Param, ...)
 
-    def forward(params: nnx.State, *inputs: Any) -> Array:
+    def forward(params: Params, *inputs: Any) -> Array:
         return cast(Any, nnx.merge(graph, params, rest, copy=True))(*inputs)
 
-    return forward, params
+    return forward, nnx.to_pure_dict(params)

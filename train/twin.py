@@ -28,7 +28,7 @@ from train.config import RECIPES, DataName, ModelName, Recipe, UserError
 from train.data import Dataset, Split, load
 from train.loop import EVALUATION_BATCH, Learner
 from train.randomness import TorchRandomness
-from train.steps import dtype_of, take
+from train.steps import Params, dtype_of, take
 
 Weights = dict[str, np.ndarray]
 ORIGINALS: dict[ModelName, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
@@ -177,7 +177,7 @@ def _first_gradient(learner: Learner, model: ModelName, seed: int) -> Weights:
     params = learner.state.params
     images, labels = take(learner.train, jnp.asarray(rows), dtype_of(params))
 
-    def cost(params: nnx.State) -> jax.Array:
+    def cost(params: Params) -> jax.Array:
         return learner.loss(learner.forward(params, images, *masks), labels)
 
     gradient = nnx.clone(learner.module)
