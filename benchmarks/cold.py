@@ -63,14 +63,14 @@ def train(model: Any) -> Iterator[str]:
 
     from train.config import Recipe
     from train.data import load
-    from train.loop import Learner
+    from train.loop import Learner, default_dispatch
 
     yield IMPORTS
     recipe = Recipe("adam", lr=1e-3, momentum=0.0, gamma=1.0, epochs=1, batch_size=100)
-    learner = Learner(model, recipe, load("digits"), seed=0)
+    learner = Learner(model, recipe, load("digits"), seed=0, dispatch=default_dispatch(recipe, model))
     yield COMPILING
     stop = Event()
-    stop.set()  # from the start: it takes one step
+    stop.set()  # from the start: it takes one step, or all that are dispatched with it
     learner.train_epoch(stop, lambda step, cost: None)
     yield FIRST_STEP
 

@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import re
+import statistics
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from benchmarks.linear import CHUNKED, SLABS, WHOLE
 from benchmarks.losses import BOTH, COMPILED, EAGER, OPTAX, OURS, SHAPES
 from benchmarks.timing import ratio
 from benchmarks.train import OURS as TRAIN
-from benchmarks.train import TUTORIAL
+from benchmarks.train import SHARES, TUTORIAL
 from jaxloss import parity
 from parity_tests.gates import (
     assert_errors_within_ratio,
@@ -329,6 +330,11 @@ def test_readme_training_speeds_are_those_of_the_committed_results():
         if "batch" in row
     ]
     assert readme_part("train").strip().splitlines()[2:] == expected
+
+
+def test_readme_shares_in_compiled_programs_are_those_of_the_committed_results():
+    medians = (statistics.median(row[SHARES]) for row in committed("train") if SHARES in row)
+    assert re.findall(r"\d+\.\d", readme_part("share")) == [f"{100 * median:.1f}" for median in medians]
 
 
 def test_what_the_docs_include_is_there():
