@@ -131,7 +131,7 @@ def targets(
     return index_targets(name, targets, logits, "logits", axis, ignore_index, bounded=class_axis_name is None)
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
+def _shape(value: Any) -> tuple | None:
     try:
         return np.shape(value)
     except ValueError:  # a ragged sequence
@@ -195,7 +195,7 @@ def _index_dtype(name: str, dtype: np.dtype, values: Shaped, argument: str) -> N
         )
 
 
-def _index_shape(name: str, shape: tuple, values: Shaped, argument: str, axis: int) -> tuple[int, ...]:
+def _index_shape(name: str, shape: tuple, values: Shaped, argument: str, axis: int) -> tuple:
     if not values.shape:
         raise ValueError(f"{name}: {argument} must have a class axis, got a scalar.")
     rows = values.shape[:axis] + values.shape[axis + 1 :]

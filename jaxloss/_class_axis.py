@@ -11,18 +11,21 @@ from jaxtyping import Array, Bool, Float, Integer
 
 MeshAxes = str | tuple[str, ...]
 LONG_ROW, SHORT_BLOCK = 2**15, 2**10  # classes, see `ClassAxis.in_blocks`
+LARGE = 2**22  # elements, see `ClassAxis.of_cast`
 
 
 class ClassAxis(NamedTuple):
     """Where the classes are: an array axis and, inside `shard_map`, the mesh axis (or axes) that split it.
 
-    `widened` says that `x` was cast from another dtype, and its gradient will be cast back.
+    `widened` says that `x` was cast from another dtype, and its gradient will be cast back; `lean`, that nothing of the
+    size of `x` is to be stored in its own dtype: each sum reads the array that it was cast from, see `of_cast`.
     An array with the classes is called `x`; `rows` is an array without that axis.
     """
 
     position: int
     mesh_axis: MeshAxes | None = None
     widened: bool = False
+    lean: bool = False
 
     @property
     def mesh_axes(self) -> tuple[str, ...]:
@@ -47,6 +50,25 @@ class ClassAxis(NamedTuple):
         here = self.mesh_axis is None and self.position == x.ndim - 1 and not on_explicit_mesh(x)
         return here and jax.default_backend() == "cpu"
 
+    def of_cast(self, narrow: Array, dtype: jnp.dtype) -> "ClassAxis":
+        """This axis of `narrow` cast to `dtype`.
+
+        Large bfloat16 arrays are lean on CPU (under `vmap`, each example's): exponentials in float32 would take fresh
+        pages from the operating system at every call, and computing them twice takes half as long. Not so small ones.
+        """
+        halves = narrow.dtype == jnp.bfloat16 and dtype == jnp.float32
+        large = halves and self.has_whole_rows_on_cpu(narrow) and has_at_least(LARGE, narrow)
+        lean = large and block_length(narrow.shape[self.position]) is not None
+        return self._replace(widened=narrow.dtype != dtype, lean=lean)
+
+    def read(self, x: Array, narrow: Array) -> Array:
+        """What a sum over the classes is to read: `x`, or the array that it was cast from."""
+        return narrow if self.lean else x
+
+    def copies(self, x: Array, count: int) -> tuple[Array, ...]:
+        """`x` so many times; if lean, so that what is made from each is computed for each and never stored."""
+        return apart(x, count) if self.lean else (x,) * count
+
     def in_blocks(self, x: Float[Array, "..."], *rows: Array) -> tuple["ClassAxis", Array, *tuple[Array, ...]]:
         """Each row in blocks of its classes, which are rows of `x` and `rows` then; on CPU, where the rows are long.
 
@@ -54,10 +76,8 @@ class ClassAxis(NamedTuple):
         takes ten times as long. As it is where the length has no divisor that would do.
         """
         length = x.shape[self.position]
-        if length <= LONG_ROW or not self.has_whole_rows_on_cpu(x):
-            return self, x, *rows
-        block = next((size for size in range(LONG_ROW, SHORT_BLOCK, -1) if length % size == 0), None)
-        if block is None:
+        block = block_length(length)
+        if block in (None, length) or not self.has_whole_rows_on_cpu(x):
             return self, x, *rows
         shape = (*x.shape[:-1], length // block)
         blocks = (jnp.broadcast_to(row[..., None], shape) for row in rows)
@@ -105,10 +125,11 @@ class ClassAxis(NamedTuple):
         """Whether to write one element to a row rather than to select among all.
 
         On CPU the select slows the loop it is in by a quarter, and one element to a row costs as much as 64 selects.
-        A scatter into an explicit mesh is ambiguous, and one into a half type widens the whole array first.
+        A scatter into an explicit mesh is ambiguous, one into a half type widens the whole array first, and any needs
+        the array in memory.
         """
-        wide = x.dtype.itemsize > 2
-        return wide and self.mesh_axis is None and not on_explicit_mesh(x) and x.shape[self.position] >= 64
+        stored = x.dtype.itemsize > 2 and not self.lean
+        return stored and self.mesh_axis is None and not on_explicit_mesh(x) and x.shape[self.position] >= 64
 
     def without_target(self, x: Float[Array, "..."], targets: Integer[Array, "..."]) -> Float[Array, "..."]:
         """`x` with 0 at each row's target; where the target is out of range, at any class or none."""
@@ -168,6 +189,23 @@ def _pick_masked(
     if spread:
         mask |= axis.expand((targets < 0) | (targets >= axis.size(x)))
     return axis.sum(jnp.where(mask, x, 0))
+
+
+def block_length(length: int) -> int | None:
+    """The longest block, of at most LONG_ROW classes, that divides a row of that length; None if all are short."""
+    if length <= LONG_ROW:
+        return length
+    return next((size for size in range(LONG_ROW, SHORT_BLOCK, -1) if length % size == 0), None)
+
+
+def has_at_least(elements: int, x: Array) -> bool:
+    """Whether the array is that large; False where a dimension is symbolic, as in `jax.export`."""
+    return all(isinstance(length, int) for length in x.shape) and x.size >= elements
+
+
+def apart(x: Array, copies: int) -> tuple[Array, ...]:
+    """Copies that XLA cannot tell to be equal: what is computed from each is fused where it is used, never stored."""
+    return lax.optimization_barrier((x,) * copies)
 
 
 def is_split(x: Array, position: int) -> bool:

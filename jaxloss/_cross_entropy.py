@@ -12,9 +12,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num
 
 from jaxloss import _checks
-from jaxloss._class_axis import ClassAxis
-from jaxloss._log_probs import ROWS, expected_log_prob, target_log_prob
-from jaxloss._log_softmax import accumulator, apart
+from jaxloss._cast import cast
+from jaxloss._class_axis import ClassAxis, apart
+from jaxloss._log_probs import expected_log_prob, target_log_prob
+from jaxloss._log_softmax import ROWS, accumulator, from_rows
 from jaxloss._nll import Reduction, reduce_rows, weigh_rows
 
 
@@ -135,15 +136,13 @@ def _cross_entropy(
     wide = _checks.promote(accumulator(logits).dtype, dtype)
     label_smoothing, z_loss = (None if x is None else jnp.asarray(x, wide) for x in (label_smoothing, z_loss))
     options = (weight, label_smoothing, z_loss)
+    # What is kept for the gradient besides rows: logits and targets as they came, not what is made of them.
     if jnp.issubdtype(targets.dtype, jnp.floating):
-        losses = _probability_losses(axis, logits.astype(wide), targets.astype(wide), *options)
+        losses = from_rows(_probability_losses, static_argnums=(0, 3))(axis, logits, targets, wide, *options)
         # PyTorch counts the rows as elements / classes, so that the mean over no classes is NaN.
         row_weights = jnp.full_like(losses, min(logits.shape[axis.position], 1))
         return reduce_rows(losses, row_weights, reduction).astype(dtype)
-
-    # What is kept for the gradient besides: the logits as they came, not what is made of them.
-    policy = jax.checkpoint_policies.save_only_these_names(ROWS)
-    loss = jax.checkpoint(_index_loss, prevent_cse=False, policy=policy, static_argnums=(0, 2, 7, 8))
+    loss = from_rows(_index_loss, static_argnums=(0, 2, 7, 8))
     return loss(axis, logits, wide, targets, *options, ignore_index, reduction).astype(dtype)
 
 
@@ -172,7 +171,7 @@ def losses_of_rows(
     """Each row's loss in the dtype of the logits, for either kind of targets."""
     options = (weight, label_smoothing, z_loss)
     if jnp.issubdtype(targets.dtype, jnp.floating):
-        return _probability_losses(axis, logits, targets.astype(logits.dtype), *options)
+        return _probability_losses(axis, logits, targets, logits.dtype, *options)
     return _index_loss(axis, logits, logits.dtype, targets, *options, ignore_index, "none")
 
 
@@ -189,11 +188,11 @@ def _index_loss(
 ) -> Float[Array, "..."]:
     """The loss, or each row's, of logits that are cast to `dtype` first."""
     kept, row_weights = weigh_rows(axis, axis.size(narrow), targets, weight, ignore_index, dtype)
-    logits = _without_gradient(axis, narrow, ~kept).astype(dtype)
-    axis = axis._replace(widened=narrow.dtype != dtype)
+    logits = _without_gradient(axis, cast(narrow, dtype), ~kept)
+    axis = axis.of_cast(narrow, dtype)
     top = checkpoint_name(axis.max(narrow).astype(dtype), ROWS)
     at_target = axis.pick(logits if axis.widened else narrow, targets)
-    log_prob, normalizer = target_log_prob(axis, logits, top, at_target, targets, kept)
+    log_prob, normalizer = target_log_prob(axis, logits, top, at_target, targets, kept, narrow)
 
     def reduce(losses: Float[Array, "..."]) -> Float[Array, "..."]:
         return reduce_rows(jnp.where(kept, losses, 0), row_weights, reduction)
@@ -216,8 +215,7 @@ def _without_gradient(axis: ClassAxis, x: Float[Array, "..."], rows: Bool[Array,
 @_without_gradient.defjvp
 def _without_gradient_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     x, rows = primals
-    # This select is the last of what makes the gradient, after the cast to a half type: before it XLA would not use
-    # the CPU's vectors. The mask is not kept.
+    # Only in the wide dtype: with a select in bfloat16 XLA would not use the CPU's vectors. The mask is not kept.
     select = partial(jax.checkpoint, prevent_cse=False)(lambda rows, dx: jnp.where(axis.expand(rows), 0, dx))
     return _without_gradient(axis, x, rows), select(rows, tangents[0])
 
@@ -272,11 +270,22 @@ def _weighted_sum(
     flat = class_weights.reshape(-1)
     if narrow.dtype == flat.dtype:
         product = jnp.matmul(narrow, flat, precision="highest")
+    elif axis.lean:  # bfloat16, which XLA multiplies without a copy in float32
+        product = jnp.sum(jnp.matmul(narrow, _parts(flat), preferred_element_type=flat.dtype), -1)
     else:
         product = axis.sum_in(blocks, cut.astype(flat.dtype) * weights)
     difference = product - top * jnp.sum(flat)
     small = jnp.abs(top) * jnp.sum(jnp.abs(flat)) <= (4 if classes <= 2**10 else 2) * jnp.abs(difference)
     return lax.cond(jnp.all(small & jnp.isfinite(difference) | ~kept), lambda: difference, term_by_term)
+
+
+def _parts(x: Float[Array, " n"]) -> Float[Array, "n 3"]:
+    """Three bfloat16 numbers for each of float32, which is their sum (but for what CPUs flush to 0, below 1e-38)."""
+    parts = []
+    for _ in range(3):  # reduced first, or XLA may hold that x less its cast is 0
+        parts.append(lax.reduce_precision(x, 8, 7).astype(jnp.bfloat16))
+        x -= parts[-1].astype(x.dtype)
+    return jnp.stack(parts, -1)
 
 
 @partial(_weighted_sum.defjvp, symbolic_zeros=True)
@@ -302,19 +311,28 @@ def along_classes(axis: ClassAxis, weight: Num[Array, " classes"], logits: Float
 
 def _probability_losses(
     axis: ClassAxis,
-    logits: Float[Array, "..."],
-    targets: Float[Array, "..."],
+    narrow: Float[Array, "..."],
+    narrow_targets: Float[Array, "..."],
+    dtype: jnp.dtype,
     weight: Num[Array, " classes"] | None,
     label_smoothing: Float[Array, ""] | float | None,
     z_loss: Float[Array, ""] | float | None,
 ) -> Float[Array, "..."]:
-    """Each row's loss."""
-    smoothed = targets
-    if label_smoothing is not None:
-        smoothed = (1 - label_smoothing) * targets + label_smoothing / axis.size(logits)
+    """Each row's loss, of logits and targets that are cast to `dtype` first."""
+    logits, targets = cast(narrow, dtype), cast(narrow_targets, dtype)
+    axis = axis.of_cast(narrow, dtype)
     class_weights = 1 if weight is None else along_classes(axis, weight, logits)
-    top = axis.max(logits)
-    log_prob, normalizer = expected_log_prob(axis, logits, top, class_weights * smoothed)
+
+    def masses(targets: Float[Array, "..."]) -> Float[Array, "..."]:
+        targets = cast(targets, dtype)
+        if label_smoothing is not None:
+            targets = (1 - label_smoothing) * targets + label_smoothing / axis.size(logits)
+        return class_weights * targets
+
+    top = checkpoint_name(axis.max(narrow).astype(dtype), ROWS)
+    masses_again = tuple(map(masses, axis.copies(axis.read(targets, narrow_targets), 2)))
+    log_prob, normalizer = expected_log_prob(axis, logits, top, masses(targets), narrow, masses_again)
     if z_loss is None:
         return -log_prob
-    return z_loss * axis.sum(class_weights * targets) * (top + normalizer) ** 2 - log_prob
+    row_weights = checkpoint_name(axis.sum(class_weights * targets), ROWS)
+    return z_loss * row_weights * (top + normalizer) ** 2 - log_prob

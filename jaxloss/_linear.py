@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxloss import _checks
+from jaxloss._cast import cast
 from jaxloss._class_axis import ClassAxis
 from jaxloss._cross_entropy import losses_of_rows
 from jaxloss._explicit_mesh import on_shards
@@ -220,7 +221,7 @@ def _total_and_gradients(settings: Settings, arrays: Arrays) -> tuple[Array, Arr
             project(part), accumulator(part.targets) if arrays.soft else None, shared
         )
         flat = dlogits.reshape(real.size, matrix.shape[0])
-        half = flat.astype(part.inputs.dtype)  # the products take operands of the inputs' dtype
+        half = cast(flat, part.inputs.dtype)  # the products take operands of the inputs' dtype
         carry = (
             total + value,
             dmatrix + dot(half, part.inputs, ((0,), (0,))),

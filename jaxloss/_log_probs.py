@@ -12,10 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Integer
 
-from jaxloss._class_axis import ClassAxis
-from jaxloss._log_softmax import apart, is_likely, less_one, log_normalizer, log_softmax_core
-
-ROWS = "jaxloss: one number to a row"  # for a checkpoint's policy
+from jaxloss._class_axis import ClassAxis, apart
+from jaxloss._log_softmax import ROWS, is_likely, less_one, log_normalizer, log_softmax_core
 
 
 def target_log_prob(
@@ -25,13 +23,15 @@ def target_log_prob(
     at_target: Float[Array, "..."],
     targets: Integer[Array, "..."],
     kept: Bool[Array, "..."],
+    narrow: Float[Array, "..."],
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Each row's log-probability of its target, and log Σ exp(logits - top); of no meaning in rows that are not kept.
 
+    The logits were cast from `narrow`.
     Leaving the target out of the sum keeps a confident row exact: 1 - p is a sum of small terms, not a difference.
     """
     margin = jnp.where(kept, at_target - top, 0)
-    others = _sum_others(axis, logits, top, targets, kept)
+    others = _sum_others(axis, logits, top, targets, kept, narrow)
     return _join(*(checkpoint_name(rows, ROWS) for rows in (margin, others)))
 
 
@@ -58,6 +58,7 @@ def _sum_others(
     top: Float[Array, "..."],
     targets: Integer[Array, "..."],
     kept: Bool[Array, "..."],
+    narrow: Float[Array, "..."],
 ) -> Float[Array, "..."]:
     """Σ exp(logits - top) over the classes other than the target; 0 in rows that are not kept."""
     classes = logits.shape[axis.position]
@@ -65,25 +66,30 @@ def _sum_others(
         return jnp.where(kept, axis.sum(_others(axis, logits, top, targets)), 0)
     # XLA's CPU reductions fuse this arithmetic mask, but would write a select out to memory.
     local = axis.local(targets, classes).astype(top.dtype)
-    blocks, logits, top, local = axis.in_blocks(logits, top, local)
+    blocks, cut, tops, local = axis.in_blocks(axis.read(logits, narrow), top, local)
+    (cut,) = axis.copies(cut, 1)
     if blocks != axis:
-        local -= logits.shape[-1] * lax.broadcasted_iota(local.dtype, local.shape, local.ndim - 1)
-    index = lax.broadcasted_iota(top.dtype, logits.shape, blocks.position)
+        local -= cut.shape[-1] * lax.broadcasted_iota(local.dtype, local.shape, local.ndim - 1)
+    index = lax.broadcasted_iota(top.dtype, cut.shape, blocks.position)
     distance = jnp.abs(index - blocks.expand(local))
-    terms = jnp.exp(logits - blocks.expand(top)) * jnp.minimum(distance, 1)
+    terms = jnp.exp(cut.astype(top.dtype) - blocks.expand(tops)) * jnp.minimum(distance, 1)
     return jnp.where(kept, axis.sum_in(blocks, terms), 0)
 
 
 @_sum_others.defjvp
 def _sum_others_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    logits, top, targets, kept = primals
+    logits, top, targets, kept, _ = primals
+    if axis.lean:
+        total = _sum_others(axis, *primals)
+    else:  # the gradient's own exponentials
+        total = jnp.where(kept, axis.sum(_others(axis, logits, top, targets)), 0)
+    (top,) = axis.copies(top, 1)
 
     @partial(jax.checkpoint, prevent_cse=False)  # the residual is the logits, not a second array of that size
     def tangent(logits: Float[Array, "..."], dlogits: Float[Array, "..."]) -> Float[Array, "..."]:
-        return axis.sum(_others(axis, logits, top, targets) * dlogits)
+        return jnp.where(kept, axis.sum(_others(axis, logits, top, targets) * dlogits), 0)
 
-    total = axis.sum(_others(axis, logits, top, targets))
-    return jnp.where(kept, total, 0), tangent(logits, tangents[0])
+    return total, tangent(logits, tangents[0])
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -102,11 +108,21 @@ def _others_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def expected_log_prob(
-    axis: ClassAxis, logits: Float[Array, "..."], top: Float[Array, "..."], masses: Float[Array, "..."]
+    axis: ClassAxis,
+    logits: Float[Array, "..."],
+    top: Float[Array, "..."],
+    masses: Float[Array, "..."],
+    narrow: Float[Array, "..."],
+    masses_again: tuple[Float[Array, "..."], Float[Array, "..."]],
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Σ_c masses · log p of each row, and log Σ exp(logits - top)."""
-    normalizer = log_normalizer(axis, logits, top, top)
-    return _weigh_log_probs(axis, logits, top, masses, normalizer), normalizer
+    """Σ_c masses · log p of each row, and log Σ exp(logits - top), of logits that were cast from `narrow`.
+
+    `masses_again` are copies of the masses: the value reads the first, the gradient's sum of them the second, and the
+    derivative is with respect to `masses`.
+    """
+    source = axis.read(logits, narrow)
+    normalizer = log_normalizer(axis, source, *axis.copies(top, 2))
+    return _weigh_log_probs(axis, source, top, masses_again[0], normalizer), normalizer
 
 
 def _weigh_log_probs(
@@ -116,10 +132,13 @@ def _weigh_log_probs(
     masses: Float[Array, "..."],
     normalizer: Float[Array, "..."],
 ) -> Float[Array, "..."]:
+    if axis.lean:  # if this sum shared the rows' cast with another, XLA would write their broadcast to memory
+        top = lax.reduce_precision(top, 8, 23)
     (top,) = apart(top, 1)
     _, masses = axis.in_blocks(masses)
-    blocks, logits, top, normalizer = axis.in_blocks(logits, top, normalizer)
-    log_probs = (logits - blocks.expand(top)) - blocks.expand(normalizer)
+    blocks, cut, top, normalizer = axis.in_blocks(logits, top, normalizer)
+    (cut,) = axis.copies(cut, 1)
+    log_probs = (cut.astype(masses.dtype) - blocks.expand(top)) - blocks.expand(normalizer)
     # Apart, or XLA merges this sum with the one over the rows: a single long sum rounds worse.
     (sums,) = apart(axis.sum_in(blocks, masses * log_probs), 1)
     return sums
@@ -127,9 +146,11 @@ def _weigh_log_probs(
 
 @partial(expected_log_prob.defjvp, symbolic_zeros=True)
 def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    logits, top, masses = primals
+    logits, top, masses, _, masses_again = primals
     dlogits, dmasses = (None if isinstance(d, SymbolicZero) else d for d in (tangents[0], tangents[2]))
-    _, normalizer = expected_log_prob(axis, *primals)
+    log_prob, normalizer = expected_log_prob(axis, *primals)
+    normalizer = checkpoint_name(normalizer, ROWS)
+    (again,) = axis.copies(top, 1)
 
     @partial(jax.checkpoint, prevent_cse=False)  # the residuals are the logits and the masses
     def tangent(
@@ -144,20 +165,22 @@ def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> 
             dlog_prob += _weigh_log_probs(axis, logits, top, dmasses, normalizer)
         if dlogits is None:
             return dlog_prob, dnormalizer
-        probs = jnp.exp(logits - axis.expand(top)) * axis.expand(jnp.exp(-normalizer))
-        total = axis.expand(axis.sum(masses))
-        at_likely = (masses - total) - total * less_one(axis, probs, normalizer)
-        coefficient = jnp.where(is_likely(probs), at_likely, masses - total * probs)
+        probs = jnp.exp(logits - axis.expand(again)) * axis.expand(jnp.exp(-normalizer))
+        total = axis.sum(masses_again[1])
+        ones, rest = axis.expand(total), axis.expand(total * less_one(normalizer))
+        # At a likely class p is written 1 + (p - 1), and the 1 is taken out first.
+        likely = is_likely(probs)
+        others = jnp.where(likely, probs - lax.stop_gradient(probs), probs)
+        coefficient = jnp.where(likely, (masses - ones) - rest, masses) - ones * others
         return dlog_prob + axis.sum(coefficient * dlogits), axis.sum(probs * dlogits)
 
-    log_prob = _weigh_log_probs(axis, logits, top, masses, normalizer)
     return (log_prob, normalizer), tangent(logits, masses, normalizer, dlogits, dmasses)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def entropy(axis: ClassAxis, logits: Float[Array, "..."], kept: Bool[Array, "..."]) -> Float[Array, "..."]:
     """-Σ p log p of each row's softmax; 0 with derivative 0 in rows that are not kept."""
-    log_probs, _ = log_softmax_core(axis, logits)
+    log_probs, _ = log_softmax_core(axis, logits, logits)
     probs = jnp.exp(log_probs)
     return jnp.where(kept, -axis.sum(probs * jnp.where(probs == 0, 0, log_probs)), 0)
 
@@ -166,7 +189,7 @@ def entropy(axis: ClassAxis, logits: Float[Array, "..."], kept: Bool[Array, "...
 def _entropy_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     logits, kept = primals
     value = entropy(axis, logits, kept)
-    log_probs, _ = log_softmax_core(axis, logits)
+    log_probs, _ = log_softmax_core(axis, logits, logits)
     probs = jnp.exp(log_probs)
     # d(-Σ p log p) = -Σ p (log p + H) dz: no 1 to add and take away, so that confident rows keep their digits.
     slope = probs * (jnp.where(probs == 0, 0, log_probs) + axis.expand(value))

@@ -6,11 +6,17 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxloss import _checks
-from jaxloss._class_axis import ClassAxis
+from jaxloss._cast import cast
+from jaxloss._class_axis import ClassAxis, apart
+
+ROWS = "jaxloss: one number to a row"
+# A function whose gradient keeps its arguments and what is so named, and makes the rest again.
+from_rows = partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(ROWS))
 
 
 @no_type_check
@@ -55,30 +61,35 @@ def log_softmax(
 def _log_softmax(logits: Float[Array, "..."], *, axis: int) -> Float[Array, "..."]:
     if logits.size == 0 or logits.ndim == 0:
         return jnp.zeros_like(logits) * logits
-    return log_softmax_core(ClassAxis(axis), accumulator(logits))[0].astype(logits.dtype)
+    if logits.dtype == _checks.promote(logits.dtype, jnp.float32):
+        return log_softmax_core(ClassAxis(axis), logits, logits)[0]
+
+    def of_half(logits: Float[Array, "..."]) -> Float[Array, "..."]:
+        wide = accumulator(logits)
+        class_axis = ClassAxis(axis).of_cast(logits, wide.dtype)
+        return cast(log_softmax_core(class_axis, wide, logits)[0], logits.dtype)
+
+    return from_rows(of_half)(logits)
 
 
 def accumulator(x: Array) -> Float[Array, "..."]:
     """Cast to the dtype that sums are kept in: float32 for half types, else unchanged."""
-    return x.astype(_checks.promote(x.dtype, jnp.float32))
+    return cast(x, _checks.promote(x.dtype, jnp.float32))
 
 
 def log_normalizer(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Array, "..."]) -> Float[Array, "..."]:
     """Each row's log Σ exp(logits - max), exact also where one class has almost all the probability.
 
     The sum of e - ⌊e⌋ leaves out the maximum and all that ties with it, and the plain sum tells how many those were.
-    `tops` is the maximum twice: the same array if exp(logits - max) is wanted in memory anyway, else two `apart`.
+    If `axis` is lean the logits are those before the cast. `tops` is the maximum twice: the same array if
+    exp(logits - max) is wanted in memory anyway, else two `apart`.
     """
-    blocks, logits, *copies = axis.in_blocks(logits, *tops)
-    exponentials, again = (jnp.exp(logits - blocks.expand(top)) for top in copies)
+    blocks, cut, *copies = axis.in_blocks(logits, *tops)
+    pairs = zip(axis.copies(cut, 2), copies, strict=True)
+    exponentials, again = (jnp.exp(x.astype(top.dtype) - blocks.expand(top)) for x, top in pairs)
     others = axis.sum_in(blocks, again - jnp.floor(again))
     maxima = jnp.round(axis.sum_in(blocks, exponentials) - others)
     return jnp.log1p(others + (maxima - 1))
-
-
-def apart(rows: Float[Array, "..."], copies: int) -> tuple[Float[Array, "..."], ...]:
-    """Copies that XLA cannot tell to be equal: what is computed from each is fused where it is used, never stored."""
-    return lax.optimization_barrier((rows,) * copies)
 
 
 def is_likely(probs: Float[Array, "..."]) -> Bool[Array, "..."]:
@@ -86,23 +97,32 @@ def is_likely(probs: Float[Array, "..."]) -> Bool[Array, "..."]:
     return lax.stop_gradient(probs) > 2 / 3
 
 
-def less_one(axis: ClassAxis, probs: Float[Array, "..."], normalizer: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Probabilities less 1, without the cancellation at the maximum and wrong elsewhere; derivatives as of `probs`."""
-    at_maximum = axis.expand(jnp.expm1(-lax.stop_gradient(normalizer)))
-    return at_maximum + (probs - lax.stop_gradient(probs))
+def less_one(normalizer: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The maximum's probability less 1, without the cancellation; as a constant."""
+    return jnp.expm1(-lax.stop_gradient(normalizer))
+
+
+def log_softmax_core(
+    axis: ClassAxis, logits: Float[Array, "..."], narrow: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Log-probabilities, and each row's log Σ exp(logits - max), of logits that were cast from `narrow`."""
+    source = lax.stop_gradient(axis.read(logits, narrow))
+    top = checkpoint_name(axis.max(narrow).astype(logits.dtype), ROWS)
+    normalizer = checkpoint_name(log_normalizer(axis, source, *apart(top, 2)), ROWS)
+    return _log_probs(axis, logits, top, normalizer)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def log_softmax_core(axis: ClassAxis, logits: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Log-probabilities, and each row's log Σ exp(logits - max)."""
-    top = axis.max(logits)
-    normalizer = log_normalizer(axis, logits, *apart(top, 2))
+def _log_probs(
+    axis: ClassAxis, logits: Float[Array, "..."], top: Float[Array, "..."], normalizer: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Both results, whose derivatives are those of functions of the logits alone."""
     return (logits - axis.expand(top)) - axis.expand(normalizer), normalizer
 
 
-@log_softmax_core.defjvp
-def _log_softmax_core_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    log_probs, normalizer = log_softmax_core(axis, *primals)
+@_log_probs.defjvp
+def _log_probs_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    log_probs, normalizer = _log_probs(axis, *primals)
 
     @partial(jax.checkpoint, prevent_cse=False)  # the residual is log_probs, not a second array of that size
     def tangent(
@@ -113,7 +133,9 @@ def _log_softmax_core_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> t
         probs = jnp.exp(log_probs)
         likely = is_likely(probs)
         without_likely = jax.jit(lambda d: d - axis.expand(axis.sum(jnp.where(likely, d, 0))))(dlogits)
-        coefficient = jnp.where(likely, less_one(axis, probs, normalizer), probs)
-        return without_likely - axis.expand(axis.sum(coefficient * dlogits)), axis.sum(probs * dlogits)
+        at_likely = axis.sum(jnp.where(likely, dlogits, 0))
+        rest = axis.sum(jnp.where(likely, probs - lax.stop_gradient(probs), probs) * dlogits)
+        mean = less_one(normalizer) * at_likely + rest
+        return without_likely - axis.expand(mean), axis.sum(probs * dlogits)
 
     return (log_probs, normalizer), tangent(log_probs, normalizer, tangents[0])

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num
 
 from jaxloss import _checks
 from jaxloss._checked_targets import checked_targets
-from jaxloss._class_axis import ClassAxis, on_explicit_mesh
+from jaxloss._class_axis import ClassAxis, has_at_least, on_explicit_mesh
 from jaxloss._log_softmax import accumulator
 
 Reduction = Literal["none", "mean", "sum"]
@@ -134,7 +134,7 @@ def reduce_rows(losses: Float[Array, "..."], row_weights: Float[Array, "..."], r
         return losses
     if reduction == "sum":
         return jnp.sum(losses)
-    if losses.size > 1024:
+    if has_at_least(1025, losses):
         return jnp.sum(losses) / jnp.sum(row_weights)
     # With few rows every operation of the compiled program counts: one less is 4 % at 128 x 10.
     total, divisor = jnp.sum(jnp.stack([losses, row_weights]), range(1, losses.ndim + 1))

@@ -151,6 +151,23 @@ def test_export_lowers_for_every_platform(kind, platform):
         close(exported.call(*arguments), jax.value_and_grad(loss)(*arguments))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_number_of_rows_may_be_symbolic(dtype, reduction):
+    (rows,) = export.symbolic_shape("rows")
+    logits = jax.ShapeDtypeStruct((rows, 12), dtype)
+    labels, keywords = jax.ShapeDtypeStruct((rows,), "int32"), {"reduction": reduction, "label_smoothing": 0.1}
+    for loss, targets in (
+        (partial(jaxloss.cross_entropy, **keywords), labels),
+        (partial(jaxloss.cross_entropy, **keywords), logits),
+        (partial(jaxloss.nll_loss, reduction=reduction), labels),
+        (lambda z, y: jaxloss.log_softmax(z), labels),
+    ):
+        result = export.export(jax.jit(lambda z, y, loss=loss: jax.vjp(lambda z: loss(z, y), z)[0]))(logits, targets)
+        assert result.out_avals[0].dtype == dtype
+        export.export(jax.jit(lambda z, y, loss=loss: jax.grad(lambda z: jnp.sum(loss(z, y)))(z)))(logits, targets)
+
+
 @pytest.mark.parametrize("name", ["label_smoothing", "z_loss"])
 def test_traced_options_equal_concrete_ones_and_never_recompile(name):
     logits, targets = jax.random.normal(jax.random.key(0), (ROWS, CLASSES)), jnp.arange(ROWS)
@@ -212,10 +229,19 @@ def test_index_targets_keep_the_logits_alone(dtype, options):
     assert (widened > logits.nbytes + few) == (dtype == jnp.bfloat16)
 
 
-def test_probability_targets_keep_the_logits_and_the_targets():
-    logits, targets = jnp.ones((64, 512)), jnp.full((64, 512), 1 / 512)
-    kept = kept_bytes(lambda z: jaxloss.cross_entropy(z, targets), logits)
-    assert kept <= 2 * 4 * logits.size + 64 * 100
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_probability_targets_keep_the_logits_and_the_targets(dtype):
+    logits, targets = jnp.ones((64, 512), dtype), jnp.full((64, 512), 1 / 512, dtype)
+    allowed = 2 * logits.nbytes + 64 * 100
+    assert kept_bytes(lambda z: jaxloss.cross_entropy(z, targets), logits) <= allowed
+    assert kept_bytes(lambda z: jaxloss.cross_entropy(z, targets) + jnp.sum(jnp.exp(z)), logits) > allowed
+
+
+def test_log_softmax_keeps_half_logits_as_they_came_and_rows():
+    logits = jnp.ones((64, 512), jnp.bfloat16)
+    kept = jax.jit(lambda z: jax.vjp(jaxloss.log_softmax, z)[1]).eval_shape(logits)
+    shapes = sorted((leaf.size, leaf.dtype.name) for leaf in jax.tree.leaves(kept))
+    assert shapes == [(64, "float32"), (64, "float32"), (64 * 512, "bfloat16")]
 
 
 def test_cross_entropy_keeps_no_second_array_of_the_size_of_the_logits():

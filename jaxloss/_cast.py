@@ -1,0 +1,45 @@
+"""A cast between floating dtypes that CPUs compute with vectors.
+
+Beside an exponential XLA's own cast from float32 to bfloat16 takes as long on CPU as the exponential itself: 0.33 ms
+instead of 0.17 for 1024 x 1000 (jax 0.10.2). A cast's derivative is the cast back, so both have to be a primitive's.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def cast(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+    """`x` in another floating dtype, as `astype` gives it, with its derivatives."""
+    return x if x.dtype == dtype else _cast.bind(x, dtype=jnp.dtype(dtype))
+
+
+def _convert(x: Array, *, dtype: jnp.dtype) -> Array:
+    return lax.convert_element_type(x, dtype)
+
+
+def _convert_on_cpu(x: Array, *, dtype: jnp.dtype) -> Array:
+    if (x.dtype, dtype) != (jnp.float32, jnp.bfloat16):
+        return _convert(x, dtype=dtype)
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    upper = bits >> 16
+    to_nearest_even = (bits + 0x7FFF + (upper & 1)) >> 16
+    return lax.bitcast_convert_type(jnp.where(x == x, to_nearest_even, upper | 0x40).astype(jnp.uint16), dtype)
+
+
+def _transpose(cotangent: Any, x: Any, *, dtype: jnp.dtype) -> list[Any]:
+    return [cast(cotangent, x.aval.dtype)]
+
+
+_cast = Primitive("jaxloss_cast")
+_cast.def_impl(_convert)
+_cast.def_abstract_eval(lambda x, *, dtype: x.update(dtype=dtype, weak_type=False))
+ad.deflinear2(_cast, _transpose)
+batching.defvectorized(_cast)
+mlir.register_lowering(_cast, mlir.lower_fun(_convert, multiple_results=False))
+mlir.register_lowering(_cast, mlir.lower_fun(_convert_on_cpu, multiple_results=False), platform="cpu")
