@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Integer
 
 MeshAxes = str | tuple[str, ...]
 LONG_ROW, SHORT_BLOCK = 2**15, 2**10  # classes, see `ClassAxis.in_blocks`
-LARGE = 2**22  # elements, see `ClassAxis.of_cast`
 
 
 class ClassAxis(NamedTuple):
@@ -50,14 +49,13 @@ class ClassAxis(NamedTuple):
         here = self.mesh_axis is None and self.position == x.ndim - 1 and not on_explicit_mesh(x)
         return here and jax.default_backend() == "cpu"
 
-    def of_cast(self, narrow: Array, dtype: jnp.dtype) -> "ClassAxis":
+    def of_cast(self, narrow: Array, dtype: jnp.dtype, least: int = 0) -> "ClassAxis":
         """This axis of `narrow` cast to `dtype`.
 
-        Large bfloat16 arrays are lean on CPU (under `vmap`, each example's): exponentials in float32 would take fresh
-        pages from the operating system at every call, and computing them twice takes half as long. Not so small ones.
+        On CPU it is lean for bfloat16 arrays of at least so many elements (under `vmap`, of each example).
         """
         halves = narrow.dtype == jnp.bfloat16 and dtype == jnp.float32
-        large = halves and self.has_whole_rows_on_cpu(narrow) and has_at_least(LARGE, narrow)
+        large = halves and self.has_whole_rows_on_cpu(narrow) and (not least or has_at_least(least, narrow))
         lean = large and block_length(narrow.shape[self.position]) is not None
         return self._replace(widened=narrow.dtype != dtype, lean=lean)
 

@@ -18,6 +18,10 @@ from jaxloss._log_probs import expected_log_prob, target_log_prob
 from jaxloss._log_softmax import ROWS, accumulator, from_rows
 from jaxloss._nll import Reduction, reduce_rows, weigh_rows
 
+# Elements from which on exponentials in float32, for the gradient of bfloat16, are not stored: these would take fresh
+# pages from the operating system at every call, and computing them twice takes half as long.
+LARGE = 2**22
+
 
 @no_type_check
 def cross_entropy(
@@ -189,7 +193,7 @@ def _index_loss(
     """The loss, or each row's, of logits that are cast to `dtype` first."""
     kept, row_weights = weigh_rows(axis, axis.size(narrow), targets, weight, ignore_index, dtype)
     logits = _without_gradient(axis, cast(narrow, dtype), ~kept)
-    axis = axis.of_cast(narrow, dtype)
+    axis = axis.of_cast(narrow, dtype, least=LARGE)
     top = checkpoint_name(axis.max(narrow).astype(dtype), ROWS)
     at_target = axis.pick(logits if axis.widened else narrow, targets)
     log_prob, normalizer = target_log_prob(axis, logits, top, at_target, targets, kept, narrow)

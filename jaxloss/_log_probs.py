@@ -66,8 +66,10 @@ def _sum_others(
         return jnp.where(kept, axis.sum(_others(axis, logits, top, targets)), 0)
     # XLA's CPU reductions fuse this arithmetic mask, but would write a select out to memory.
     local = axis.local(targets, classes).astype(top.dtype)
-    blocks, cut, tops, local = axis.in_blocks(axis.read(logits, narrow), top, local)
-    (cut,) = axis.copies(cut, 1)
+    halves = narrow.dtype == jnp.bfloat16
+    blocks, cut, tops, local = axis.in_blocks(narrow if halves else logits, top, local)
+    if halves:  # whose cast XLA's CPU backend fuses into this sum, if no other sum shares it
+        cut, tops = lax.optimization_barrier((cut, tops))
     if blocks != axis:
         local -= cut.shape[-1] * lax.broadcasted_iota(local.dtype, local.shape, local.ndim - 1)
     index = lax.broadcasted_iota(top.dtype, cut.shape, blocks.position)
