@@ -55,8 +55,8 @@ class ClassAxis(NamedTuple):
         On CPU it is lean for bfloat16 arrays of at least so many elements (under `vmap`, of each example).
         """
         halves = narrow.dtype == jnp.bfloat16 and dtype == jnp.float32
-        large = halves and self.has_whole_rows_on_cpu(narrow) and (not least or has_at_least(least, narrow))
-        lean = large and block_length(narrow.shape[self.position]) is not None
+        chosen = halves and self.has_whole_rows_on_cpu(narrow) and (not least or has_at_least(least, narrow))
+        lean = chosen and block_length(narrow.shape[self.position]) is not None
         return self._replace(widened=narrow.dtype != dtype, lean=lean)
 
     def read(self, x: Array, narrow: Array) -> Array:

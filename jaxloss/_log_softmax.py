@@ -106,7 +106,7 @@ def log_softmax_core(
     axis: ClassAxis, logits: Float[Array, "..."], narrow: Float[Array, "..."]
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Log-probabilities, and each row's log Σ exp(logits - max), of logits that were cast from `narrow`."""
-    source = axis.read(logits, narrow)
+    source = axis.read(logits, narrow)  # not stopped: `linear_log_prob` would lose a second derivative
     top = checkpoint_name(axis.max(narrow).astype(logits.dtype), ROWS)
     normalizer = checkpoint_name(log_normalizer(axis, source, *apart(top, 2)), ROWS)
     return _log_probs(axis, logits, top, normalizer)
