@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 MeshAxes = str | tuple[str, ...]
 LONG_ROW, SHORT_BLOCK = 2**15, 2**10  # classes, see `ClassAxis.in_blocks`
+FEW = 24  # classes, see `ClassAxis.has_few_classes`
 
 
 class ClassAxis(NamedTuple):
@@ -43,6 +44,20 @@ class ClassAxis(NamedTuple):
         """Sum over all classes."""
         total = jnp.sum(x, self.position)
         return total if self.mesh_axis is None else lax.psum(total, self.mesh_axis)
+
+    def has_few_classes(self, x: Array) -> bool:
+        """Whether a CPU sums these rows faster with XLA's own loops than with the library that XLA gives them to.
+
+        Where each row is one stretch of memory those loops need an even share of the rows for each thread.
+        """
+        here = self.mesh_axis is None and not on_explicit_mesh(x) and jax.default_backend() == "cpu"
+        if not here or not has_at_least(1, x) or x.shape[self.position] > FEW:
+            return False
+        return self.position != x.ndim - 1 or (x.size // x.shape[-1]) % 64 == 0
+
+    def both_sums(self, x: Float[Array, "..."], y: Float[Array, "..."]) -> tuple[Float[Array, "..."], ...]:
+        """Two sums over the classes in one pass, which XLA does not give to a library."""
+        return _both_sums(self.position, x, y)
 
     def has_whole_rows_on_cpu(self, x: Array) -> bool:
         """Whether each row is one stretch of a CPU's memory."""
@@ -154,6 +169,17 @@ class ClassAxis(NamedTuple):
         `spread` makes such a target's derivative the sum over its row, so that a NaN that multiplies it reaches all.
         """
         return _pick(self, spread, x, targets)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _both_sums(position: int, x: Float[Array, "..."], y: Float[Array, "..."]) -> tuple[Float[Array, "..."], ...]:
+    zero = jnp.zeros((), x.dtype)
+    return lax.reduce((x, y), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (position,))
+
+
+@_both_sums.defjvp
+def _both_sums_jvp(position: int, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    return _both_sums(position, *primals), tuple(jnp.sum(x, position) for x in tangents)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))

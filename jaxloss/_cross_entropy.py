@@ -195,8 +195,7 @@ def _index_loss(
     logits = _without_gradient(axis, cast(narrow, dtype), ~kept)
     axis = axis.of_cast(narrow, dtype, least=LARGE)
     top = checkpoint_name(axis.max(narrow).astype(dtype), ROWS)
-    at_target = axis.pick(logits if axis.widened else narrow, targets)
-    log_prob, normalizer = target_log_prob(axis, logits, top, at_target, targets, kept, narrow)
+    log_prob, normalizer = target_log_prob(axis, logits, top, targets, kept, narrow)
 
     def reduce(losses: Float[Array, "..."]) -> Float[Array, "..."]:
         return reduce_rows(jnp.where(kept, losses, 0), row_weights, reduction)

@@ -20,7 +20,6 @@ def target_log_prob(
     axis: ClassAxis,
     logits: Float[Array, "..."],
     top: Float[Array, "..."],
-    at_target: Float[Array, "..."],
     targets: Integer[Array, "..."],
     kept: Bool[Array, "..."],
     narrow: Float[Array, "..."],
@@ -30,8 +29,8 @@ def target_log_prob(
     The logits were cast from `narrow`.
     Leaving the target out of the sum keeps a confident row exact: 1 - p is a sum of small terms, not a difference.
     """
+    at_target, others = _split(axis, logits, top, targets, kept, narrow)
     margin = jnp.where(kept, at_target - top, 0)
-    others = _sum_others(axis, logits, top, targets, kept, narrow)
     return _join(*(checkpoint_name(rows, ROWS) for rows in (margin, others)))
 
 
@@ -52,19 +51,35 @@ def _join_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _sum_others(
+def _split(
     axis: ClassAxis,
     logits: Float[Array, "..."],
     top: Float[Array, "..."],
     targets: Integer[Array, "..."],
     kept: Bool[Array, "..."],
     narrow: Float[Array, "..."],
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The target's logit, and Σ exp(logits - top) over the other classes; 0 in rows that are not kept."""
+    if axis.has_few_classes(narrow):
+        others, at_target = axis.both_sums(
+            _others(axis, logits, top, targets), jnp.where(axis.is_target(logits, targets), logits, 0)
+        )
+    else:
+        others, at_target = _sum_others(axis, logits, top, targets, narrow), axis.pick(logits, targets)
+    return at_target, jnp.where(kept, others, 0)
+
+
+def _sum_others(
+    axis: ClassAxis,
+    logits: Float[Array, "..."],
+    top: Float[Array, "..."],
+    targets: Integer[Array, "..."],
+    narrow: Float[Array, "..."],
 ) -> Float[Array, "..."]:
-    """Σ exp(logits - top) over the classes other than the target; 0 in rows that are not kept."""
     classes = logits.shape[axis.position]
     if classes * jnp.finfo(top.dtype).eps >= 1:  # class indices are not exact in this dtype
-        return jnp.where(kept, axis.sum(_others(axis, logits, top, targets)), 0)
-    # XLA's CPU reductions fuse this arithmetic mask, but would write a select out to memory.
+        return axis.sum(_others(axis, logits, top, targets))
+    # XLA's CPU reductions fuse this arithmetic mask (no exponential exceeds 1), but would write a select to memory.
     local = axis.local(targets, classes).astype(top.dtype)
     halves = narrow.dtype == jnp.bfloat16
     blocks, cut, tops, local = axis.in_blocks(narrow if halves else logits, top, local)
@@ -74,24 +89,27 @@ def _sum_others(
         local -= cut.shape[-1] * lax.broadcasted_iota(local.dtype, local.shape, local.ndim - 1)
     index = lax.broadcasted_iota(top.dtype, cut.shape, blocks.position)
     distance = jnp.abs(index - blocks.expand(local))
-    terms = jnp.exp(cut.astype(top.dtype) - blocks.expand(tops)) * jnp.minimum(distance, 1)
-    return jnp.where(kept, axis.sum_in(blocks, terms), 0)
+    return axis.sum_in(blocks, jnp.minimum(jnp.exp(cut.astype(top.dtype) - blocks.expand(tops)), distance))
 
 
-@_sum_others.defjvp
-def _sum_others_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    logits, top, targets, kept, _ = primals
+@_split.defjvp
+def _split_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    logits, top, targets, kept, narrow = primals
+    # A pick from logits that were not cast adds its one element to a row to the rest of the gradient in place.
+    source = 0 if axis.widened else -1
+    pick = partial(axis.pick, targets=targets)
+    at_target, dat_target = jax.jvp(pick, (primals[source],), (tangents[source],))
     if axis.lean:
-        total = _sum_others(axis, *primals)
+        _, others = _split(axis, *primals)
     else:  # the gradient's own exponentials
-        total = jnp.where(kept, axis.sum(_others(axis, logits, top, targets)), 0)
+        others = jnp.where(kept, axis.sum(_others(axis, logits, top, targets)), 0)
     (top,) = axis.copies(top, 1)
 
     @partial(jax.checkpoint, prevent_cse=False)  # the residual is the logits, not a second array of that size
     def tangent(logits: Float[Array, "..."], dlogits: Float[Array, "..."]) -> Float[Array, "..."]:
         return jnp.where(kept, axis.sum(_others(axis, logits, top, targets) * dlogits), 0)
 
-    return total, tangent(logits, tangents[0])
+    return (at_target, others), (dat_target, tangent(logits, tangents[0]))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -182,7 +200,7 @@ def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def entropy(axis: ClassAxis, logits: Float[Array, "..."], kept: Bool[Array, "..."]) -> Float[Array, "..."]:
     """-Σ p log p of each row's softmax; 0 with derivative 0 in rows that are not kept."""
-    log_probs, _ = log_softmax_core(axis, logits, logits)
+    log_probs, _ = log_softmax_core(axis, logits, logits, logits.dtype)
     probs = jnp.exp(log_probs)
     return jnp.where(kept, -axis.sum(probs * jnp.where(probs == 0, 0, log_probs)), 0)
 
@@ -191,7 +209,7 @@ def entropy(axis: ClassAxis, logits: Float[Array, "..."], kept: Bool[Array, "...
 def _entropy_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     logits, kept = primals
     value = entropy(axis, logits, kept)
-    log_probs, _ = log_softmax_core(axis, logits, logits)
+    log_probs, _ = log_softmax_core(axis, logits, logits, logits.dtype)
     probs = jnp.exp(log_probs)
     # d(-Σ p log p) = -Σ p (log p + H) dz: no 1 to add and take away, so that confident rows keep their digits.
     slope = probs * (jnp.where(probs == 0, 0, log_probs) + axis.expand(value))

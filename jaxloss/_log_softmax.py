@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxloss import _checks
-from jaxloss._cast import cast
+from jaxloss._cast import cast, cast_sum
 from jaxloss._class_axis import ClassAxis, apart
 
 ROWS = "jaxloss: one number to a row"
@@ -62,12 +62,12 @@ def _log_softmax(logits: Float[Array, "..."], *, axis: int) -> Float[Array, "...
     if logits.size == 0 or logits.ndim == 0:
         return jnp.zeros_like(logits) * logits
     if logits.dtype == _checks.promote(logits.dtype, jnp.float32):
-        return log_softmax_core(ClassAxis(axis), logits, logits)[0]
+        return log_softmax_core(ClassAxis(axis), logits, logits, logits.dtype)[0]
 
     def of_half(logits: Float[Array, "..."]) -> Float[Array, "..."]:
         wide = accumulator(logits)
         class_axis = ClassAxis(axis).of_cast(logits, wide.dtype)
-        return cast(log_softmax_core(class_axis, wide, logits)[0], logits.dtype)
+        return log_softmax_core(class_axis, wide, logits, logits.dtype)[0]
 
     return from_rows(of_half)(logits)
 
@@ -84,6 +84,10 @@ def log_normalizer(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Ar
     If `axis` is lean the logits are those before the cast. `tops` is the maximum twice: the same array if
     exp(logits - max) is wanted in memory anyway, else two `apart`.
     """
+    if axis.has_few_classes(logits):
+        exponentials = jnp.exp(logits.astype(tops[0].dtype) - axis.expand(tops[0]))
+        others, total = axis.both_sums(exponentials - jnp.floor(exponentials), exponentials)
+        return jnp.log1p(others + (jnp.round(total - others) - 1))
     blocks, cut, *copies = axis.in_blocks(logits, *tops)
     pairs = zip(axis.copies(cut, 2), copies, strict=True)
     exponentials, again = (jnp.exp(x.astype(top.dtype) - blocks.expand(top)) for x, top in pairs)
@@ -103,26 +107,30 @@ def less_one(normalizer: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def log_softmax_core(
-    axis: ClassAxis, logits: Float[Array, "..."], narrow: Float[Array, "..."]
+    axis: ClassAxis, logits: Float[Array, "..."], narrow: Float[Array, "..."], dtype: jnp.dtype
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Log-probabilities, and each row's log Σ exp(logits - max), of logits that were cast from `narrow`."""
+    """Log-probabilities in `dtype`, and each row's log Σ exp(logits - max), of logits that were cast from `narrow`."""
     source = axis.read(logits, narrow)  # not stopped: `linear_log_prob` would lose a second derivative
     top = checkpoint_name(axis.max(narrow).astype(logits.dtype), ROWS)
     normalizer = checkpoint_name(log_normalizer(axis, source, *apart(top, 2)), ROWS)
-    return _log_probs(axis, logits, top, normalizer)
+    return _log_probs(axis, dtype, logits, top, normalizer)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _log_probs(
-    axis: ClassAxis, logits: Float[Array, "..."], top: Float[Array, "..."], normalizer: Float[Array, "..."]
+    axis: ClassAxis,
+    dtype: jnp.dtype,
+    logits: Float[Array, "..."],
+    top: Float[Array, "..."],
+    normalizer: Float[Array, "..."],
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Both results, whose derivatives are those of functions of the logits alone."""
-    return (logits - axis.expand(top)) - axis.expand(normalizer), normalizer
+    return cast((logits - axis.expand(top)) - axis.expand(normalizer), dtype), normalizer
 
 
 @_log_probs.defjvp
-def _log_probs_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    log_probs, normalizer = _log_probs(axis, *primals)
+def _log_probs_jvp(axis: ClassAxis, dtype: jnp.dtype, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    log_probs, normalizer = _log_probs(axis, primals[0].dtype, *primals)
 
     @partial(jax.checkpoint, prevent_cse=False)  # the residual is log_probs, not a second array of that size
     def tangent(
@@ -132,10 +140,11 @@ def _log_probs_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tu
         # the transpose in that order: g - Σg vanishes exactly before p joins it.
         probs = jnp.exp(log_probs)
         likely = is_likely(probs)
-        without_likely = jax.jit(lambda d: d - axis.expand(axis.sum(jnp.where(likely, d, 0))))(dlogits)
         at_likely = axis.sum(jnp.where(likely, dlogits, 0))
         rest = axis.sum(jnp.where(likely, probs - lax.stop_gradient(probs), probs) * dlogits)
         mean = less_one(normalizer) * at_likely + rest
-        return without_likely - axis.expand(mean), axis.sum(probs * dlogits)
+        dlogits, at_likely = jax.jit(lambda d: (d, axis.sum(jnp.where(likely, d, 0))))(dlogits)
+        rows = (jnp.broadcast_to(-axis.expand(each), dlogits.shape) for each in (at_likely, mean))
+        return cast_sum(dtype, dlogits, *rows), axis.sum(probs * dlogits)
 
-    return (log_probs, normalizer), tangent(log_probs, normalizer, tangents[0])
+    return (cast(log_probs, dtype), normalizer), tangent(log_probs, normalizer, tangents[0])
