@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 import jaxloss
 from benchmarks.timing import HAS_COMPILER, TORCH, Calls, assert_same_answers, medians, temporaries, told
 
-SHAPES = [(128, 10), (8192, 10), (1024, 1000), (8, 128, 128, 21), (256, 32000), (1024, 32768), (1024, 131072)]
+SHAPES = ((128, 10), (8192, 10), (1024, 1000), (8, 128, 128, 21), (256, 32000), (1024, 32768), (1024, 131072))
 VALUE, BOTH = "value", "value and gradient"
 OURS, OPTAX, PLAIN, EAGER, COMPILED = "jaxloss", "optax", "plain jax.nn", "PyTorch eager", "torch.compile"
 BARE = "without options"  # another loss, which is timed to see what they cost
@@ -39,6 +39,8 @@ class Kind:
     compiled: bool = False
     confident: bool = False  # one row is
     log_probs: bool = False  # not any logits
+    shapes: tuple[tuple[int, ...], ...] = SHAPES
+    axis: Literal[-1, 1] = -1  # of the classes in `shapes` and in JAX
 
 
 def picked(log_probs: jax.Array, labels: jax.Array) -> jax.Array:
@@ -73,6 +75,15 @@ KINDS = {
     "cross_entropy, one confident row": Kind(
         F.cross_entropy, LOSSES, dtypes=("float32",), quantities=(BOTH,), confident=True
     ),
+    "cross_entropy, axis 1": Kind(
+        F.cross_entropy,
+        {
+            OURS: partial(jaxloss.cross_entropy, axis=1),
+            OPTAX: lambda z, t: jnp.mean(optax.softmax_cross_entropy_with_integer_labels(z, t, axis=1)),
+        },
+        shapes=((8, 21, 128, 128),),
+        axis=1,
+    ),
     "cross_entropy, probabilities": Kind(
         F.cross_entropy,
         {OURS: jaxloss.cross_entropy, OPTAX: lambda z, t: jnp.mean(optax.softmax_cross_entropy(z, t))},
@@ -94,7 +105,7 @@ def examples(kind: Kind, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray
     if kind.targets == "probabilities":
         exponentials = np.exp(rng.normal(size=shape).astype(np.float32))
         return logits, exponentials / exponentials.sum(-1, keepdims=True)
-    labels = rng.integers(0, shape[-1], shape[:-1]).astype(np.int32)
+    labels = rng.integers(0, shape[kind.axis], np.delete(shape, kind.axis)).astype(np.int32)
     if kind.confident:
         logits.reshape(-1, shape[-1])[0, labels.flat[0]] = 40
     if kind.log_probs:
@@ -119,10 +130,12 @@ def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...
 
         return jax.jit(both if quantity == BOTH else lambda z, t, g: loss(z, t))
 
+    moved = len(shape) > 2 and kind.axis == -1
+
     def in_torch(array: np.ndarray) -> torch.Tensor:
         tensor = torch.tensor(array, device=TORCH)
         tensor = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor.long()
-        return tensor.movedim(-1, 1).contiguous() if len(shape) > 2 and array.ndim == len(shape) else tensor
+        return tensor.movedim(-1, 1).contiguous() if moved and array.ndim == len(shape) else tensor
 
     leaf, aims, cotangent = map(in_torch, (logits, targets, factors))
     leaf.requires_grad_(quantity == BOTH)
@@ -132,7 +145,7 @@ def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...
             found = [loss(leaf, aims)]
             if quantity == BOTH:
                 found += torch.autograd.grad(found[0], leaf, cotangent if found[0].ndim else None)
-            return [x.movedim(1, -1) if x.ndim > 2 else x for x in found]
+            return [x.movedim(1, -1) if moved and x.ndim > 2 else x for x in found]
 
         return call
 
@@ -151,12 +164,13 @@ def cases(*, quick: bool) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
     """Every kind, quantity, dtype and shape; quick: every kind once, and one of the rest."""
     if quick:
         yield from ((name, BOTH, "float32", (128, 10)) for name in KINDS)
+        yield "cross_entropy, axis 1", BOTH, "float32", (2, 21, 8, 8)
         yield "cross_entropy", VALUE, "bfloat16", (2, 8, 8, 21)
         return
     for name, kind in KINDS.items():
         for quantity in kind.quantities:
             for dtype in kind.dtypes:
-                yield from ((name, quantity, dtype, shape) for shape in SHAPES)
+                yield from ((name, quantity, dtype, shape) for shape in kind.shapes)
 
 
 def outside_jit() -> Calls:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
+from jaxloss._halves import zero_unless
+
 MeshAxes = str | tuple[str, ...]
 LONG_ROW, SHORT_BLOCK = 2**15, 2**10  # classes, see `ClassAxis.in_blocks`
 FEW = 24  # classes, see `ClassAxis.has_few_classes`
@@ -212,7 +214,7 @@ def _pick_masked(
     mask = axis.is_target(x, targets)
     if spread:
         mask |= axis.expand((targets < 0) | (targets >= axis.size(x)))
-    return axis.sum(jnp.where(mask, x, 0))
+    return axis.sum(zero_unless(mask, x))
 
 
 def block_length(length: int) -> int | None:

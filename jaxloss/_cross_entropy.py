@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num
 
 from jaxloss import _checks
-from jaxloss._cast import cast
 from jaxloss._class_axis import ClassAxis, apart
+from jaxloss._halves import cast
 from jaxloss._log_probs import expected_log_prob, target_log_prob
 from jaxloss._log_softmax import ROWS, accumulator, from_rows
 from jaxloss._nll import Reduction, reduce_rows, weigh_rows

@@ -11,10 +11,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxloss import _checks
-from jaxloss._cast import cast
 from jaxloss._class_axis import ClassAxis
 from jaxloss._cross_entropy import losses_of_rows
 from jaxloss._explicit_mesh import on_shards
+from jaxloss._halves import cast
 from jaxloss._log_softmax import accumulator
 from jaxloss._nll import Reduction, weigh_rows
 from jaxloss._slabs import (

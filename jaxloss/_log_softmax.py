@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxloss import _checks
-from jaxloss._cast import cast, cast_sum
 from jaxloss._class_axis import ClassAxis, apart
+from jaxloss._halves import cast, cast_sum
 
 ROWS = "jaxloss: one number to a row"
 # A function whose gradient keeps its arguments and what is so named, and makes the rest again.
@@ -144,7 +144,6 @@ def _log_probs_jvp(axis: ClassAxis, dtype: jnp.dtype, primals: tuple, tangents: 
         rest = axis.sum(jnp.where(likely, probs - lax.stop_gradient(probs), probs) * dlogits)
         mean = less_one(normalizer) * at_likely + rest
         dlogits, at_likely = jax.jit(lambda d: (d, axis.sum(jnp.where(likely, d, 0))))(dlogits)
-        rows = (jnp.broadcast_to(-axis.expand(each), dlogits.shape) for each in (at_likely, mean))
-        return cast_sum(dtype, dlogits, *rows), axis.sum(probs * dlogits)
+        return cast_sum(dtype, dlogits, -axis.expand(at_likely), -axis.expand(mean)), axis.sum(probs * dlogits)
 
     return (cast(log_probs, dtype), normalizer), tangent(log_probs, normalizer, tangents[0])

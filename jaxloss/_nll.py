@@ -89,9 +89,9 @@ def _nll_loss(
     axis: int,
 ) -> Float[Array, "..."]:
     class_axis = ClassAxis(axis)
-    values = accumulator(log_probs)
-    kept, row_weights = weigh_rows(class_axis, class_axis.size(values), targets, weight, ignore_index, values.dtype)
-    losses = jnp.where(kept, -row_weights * class_axis.pick(values, targets, spread=True), 0)
+    values = accumulator(class_axis.pick(log_probs, targets, spread=True))
+    kept, row_weights = weigh_rows(class_axis, class_axis.size(log_probs), targets, weight, ignore_index, values.dtype)
+    losses = jnp.where(kept, -row_weights * values, 0)
     return reduce_rows(losses, row_weights, reduction).astype(log_probs.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The cast to half types and back, and large bfloat16 arrays on CPU, whose sums read them as they are."""
+"""Casts and selects of half types, and large bfloat16 arrays on CPU, whose sums read them as they are."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -12,8 +12,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jaxloss
 from jaxloss import _class_axis, _cross_entropy
-from jaxloss._cast import cast
 from jaxloss._class_axis import ClassAxis
+from jaxloss._halves import cast, cast_sum, zero_unless
 
 pytestmark = pytest.mark.rounding
 
@@ -39,30 +39,59 @@ def test_the_cast_is_astype_for_every_kind_of_number(dtype):
         np.testing.assert_array_equal(np.isnan(np.asarray(found, np.float64)), ~numbers)
 
 
-def test_the_cast_has_every_transformation():
-    x = jnp.linspace(-1, 1, 12).reshape(3, 4)
+X = jnp.linspace(-1, 1, 12).reshape(3, 4)
+POSITIVE = X > 0
+PAIRS: dict[str, tuple[Callable, Callable]] = {  # ours, and with JAX's own operations
+    "cast": (
+        lambda x: jnp.sin(cast(cast(x, jnp.bfloat16), jnp.float32)),
+        lambda x: jnp.sin(x.astype(jnp.bfloat16).astype(jnp.float32)),
+    ),
+    "cast_sum": (
+        lambda x: cast(cast_sum(jnp.bfloat16, jnp.sin(x), x[..., :1], 2 * x), jnp.float32),
+        lambda x: (jnp.sin(x) + x[..., :1] + 2 * x).astype(jnp.bfloat16).astype(jnp.float32),
+    ),
+    "zero_unless": (
+        lambda x: zero_unless(POSITIVE[: len(x)], jnp.sin(x.astype(jnp.float16))).astype(jnp.float32),
+        lambda x: jnp.where(POSITIVE[: len(x)], jnp.sin(x.astype(jnp.float16)), 0).astype(jnp.float32),
+    ),
+}
 
-    def there_and_back(x: jax.Array) -> jax.Array:
-        return jnp.sin(cast(cast(x, jnp.bfloat16), jnp.float32))
 
-    def with_astype(x: jax.Array) -> jax.Array:
-        return jnp.sin(x.astype(jnp.bfloat16).astype(jnp.float32))
-
-    for function in (
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_transformation_is_that_of_jaxs_own_operations(name):
+    ours, plain = PAIRS[name]
+    for transform in (
         jax.jit,
-        jax.vmap,
         jax.jacfwd,
         jax.jacrev,
         jax.hessian,
         lambda f: jax.grad(lambda x: jnp.sum(jax.checkpoint(f)(x))),
         lambda f: lambda x: jax.jvp(f, (x,), (x,)),
+        lambda f: lambda x: jax.vmap(f)(jnp.stack([x, 2 * x])),
+        lambda f: lambda x: jax.vmap(f, in_axes=2, out_axes=1)(jnp.stack([x, 2 * x], 2)),
     ):
-        np.testing.assert_array_equal(function(there_and_back)(x), function(with_astype)(x))
+        np.testing.assert_array_equal(transform(ours)(X), transform(plain)(X))
     with jax.disable_jit():
-        np.testing.assert_array_equal(there_and_back(x), with_astype(x))
+        np.testing.assert_array_equal(ours(X), plain(X))
     mesh = jax.make_mesh((1,), ("rows",), axis_types=(AxisType.Auto,))
-    split = jax.shard_map(there_and_back, mesh=mesh, in_specs=PartitionSpec("rows"), out_specs=PartitionSpec("rows"))
-    np.testing.assert_allclose(split(x), with_astype(x), rtol=1e-7)
+    split = jax.shard_map(ours, mesh=mesh, in_specs=PartitionSpec("rows"), out_specs=PartitionSpec("rows"))
+    np.testing.assert_allclose(split(X), plain(X), rtol=1e-7)
+
+
+def test_an_array_that_is_not_batched_joins_one_that_is():
+    found = jax.vmap(lambda x: cast_sum(jnp.bfloat16, x, X[0]))(X)
+    np.testing.assert_array_equal(found.astype("float32"), (X + X[0]).astype(jnp.bfloat16).astype("float32"))
+    x = X.astype(jnp.bfloat16)
+    found = jax.vmap(lambda mask: zero_unless(mask, x[0]))(POSITIVE)
+    np.testing.assert_array_equal(found.astype("float32"), jnp.where(POSITIVE, x[0], 0).astype("float32"))
+
+
+def test_a_select_passes_every_half_as_it_is():
+    bits = np.arange(2**16, dtype=np.uint16)
+    for dtype in ("bfloat16", "float16"):
+        x = jax.lax.bitcast_convert_type(bits, dtype)
+        found = jax.lax.bitcast_convert_type(jax.jit(zero_unless)(bits % 3 == 0, x), jnp.uint16)
+        np.testing.assert_array_equal(found, np.where(bits % 3 == 0, bits, 0))
 
 
 SHAPE = (7, 12)
