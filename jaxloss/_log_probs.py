@@ -94,7 +94,7 @@ def _sum_others(
 
 @_split.defjvp
 def _split_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    logits, top, targets, kept, narrow = primals
+    logits, top, targets, kept, _ = primals
     # A pick from logits that were not cast adds its one element to a row to the rest of the gradient in place.
     source = 0 if axis.widened else -1
     pick = partial(axis.pick, targets=targets)
