@@ -61,6 +61,9 @@ def _split(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """The target's logit, and Σ exp(logits - top) over the other classes; 0 in rows that are not kept."""
     if axis.has_few_classes(narrow):
+        if axis.lean:  # a cast that the gradient does not share
+            narrow, top = lax.optimization_barrier((narrow, top))
+            logits = narrow.astype(top.dtype)
         others, at_target = axis.both_sums(
             _others(axis, logits, top, targets), jnp.where(axis.is_target(logits, targets), logits, 0)
         )
@@ -100,7 +103,7 @@ def _split_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple,
     pick = partial(axis.pick, targets=targets)
     at_target, dat_target = jax.jvp(pick, (primals[source],), (tangents[source],))
     if axis.lean:
-        _, others = _split(axis, *primals)
+        at_target, others = _split(axis, *primals)
     else:  # the gradient's own exponentials
         others = jnp.where(kept, axis.sum(_others(axis, logits, top, targets)), 0)
     (top,) = axis.copies(top, 1)
