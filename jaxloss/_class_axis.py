@@ -13,7 +13,7 @@ from jaxloss._halves import zero_unless
 
 MeshAxes = str | tuple[str, ...]
 LONG_ROW, SHORT_BLOCK = 2**15, 2**10  # classes, see `ClassAxis.in_blocks`
-FEW = 24  # classes, see `ClassAxis.has_few_classes`
+FEW, EVEN = 24, 64  # classes, and what divides the number of rows, see `ClassAxis.sums_in_one_pass`
 
 
 class ClassAxis(NamedTuple):
@@ -47,15 +47,16 @@ class ClassAxis(NamedTuple):
         total = jnp.sum(x, self.position)
         return total if self.mesh_axis is None else lax.psum(total, self.mesh_axis)
 
-    def has_few_classes(self, x: Array) -> bool:
-        """Whether a CPU sums these rows faster with XLA's own loops than with the library that XLA gives them to.
+    def sums_in_one_pass(self, x: Array) -> bool:
+        """Whether `both_sums` is faster than one sum after the other: on CPU and of few classes.
 
-        Where each row is one stretch of memory those loops need an even share of the rows for each thread.
+        That is XLA's own loop and not a library's, which where each row is one stretch of memory takes several rows at
+        once, and so many for each thread.
         """
         here = self.mesh_axis is None and not on_explicit_mesh(x) and jax.default_backend() == "cpu"
         if not here or not has_at_least(1, x) or x.shape[self.position] > FEW:
             return False
-        return self.position != x.ndim - 1 or (x.size // x.shape[-1]) % 64 == 0
+        return self.position != x.ndim - 1 or (x.size // x.shape[-1]) % EVEN == 0
 
     def both_sums(self, x: Float[Array, "..."], y: Float[Array, "..."]) -> tuple[Float[Array, "..."], ...]:
         """Two sums over the classes in one pass, which XLA does not give to a library."""
@@ -214,7 +215,8 @@ def _pick_masked(
     mask = axis.is_target(x, targets)
     if spread:
         mask |= axis.expand((targets < 0) | (targets >= axis.size(x)))
-    return axis.sum(zero_unless(mask, x))
+    explicit = on_explicit_mesh(x) or on_explicit_mesh(mask)
+    return axis.sum(jnp.where(mask, x, 0) if explicit else zero_unless(mask, x))
 
 
 def block_length(length: int) -> int | None:

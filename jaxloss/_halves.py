@@ -1,8 +1,8 @@
 """Casts between floating dtypes, and a select in half types, that CPUs compute with vectors.
 
 Beside an exponential XLA's own cast from float32 to bfloat16 takes as long on CPU as the exponential itself: 0.33 ms
-instead of 0.17 for 1024 x 1000 (jax 0.10.2). A cast's derivative is the cast back, and a select's a select, so all have
-to be primitives'.
+instead of 0.17 for 1024 x 1000 (jax 0.10.2); and a select in a half type is such a cast too. The derivative of a cast
+is the cast back, and that of a select a select, so that each has to be a primitive.
 """
 
 import operator
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
@@ -23,20 +24,22 @@ def cast(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
     return x if x.dtype == dtype else _cast.bind(x, dtype=jnp.dtype(dtype))
 
 
-def cast_sum(dtype: DTypeLike, x: Float[Array, "..."], *rows: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The sum, from the first on, in another floating dtype; rows broadcast against `x`.
+def cast_sum(dtype: DTypeLike, x: Float[Array, "..."], *others: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The sum, from the first on, in another floating dtype; the others broadcast against `x`.
 
     `x` is given a cotangent cast for it alone: one that is shared XLA's CPU backend would write to memory.
     """
     if x.dtype == dtype:
-        return reduce(operator.add, rows, x)
-    spread = (jnp.zeros_like(x) + each for each in rows)  # which `broadcast_to` would not split as `x` is
+        return reduce(operator.add, others, x)
+    spread = (jnp.zeros_like(x) + each for each in others)  # which `broadcast_to` would not split as `x` is
     return _cast.bind(x, *spread, dtype=jnp.dtype(dtype))
 
 
 def zero_unless(mask: Bool[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x` where the mask holds, else 0; both of one shape."""
-    return _zero_unless.bind(mask, x) if x.dtype.itemsize == 2 else jnp.where(mask, x, 0)
+    # A primitive does not have operands that `shard_map` or a mesh splits differently split alike, as `where` does.
+    alike = jax.typeof(mask).update(dtype=x.dtype, weak_type=False) == jax.typeof(x).update(weak_type=False)
+    return _zero_unless.bind(mask, x) if x.dtype.itemsize == 2 and alike else jnp.where(mask, x, 0)
 
 
 def _convert(*terms: Array, dtype: jnp.dtype) -> Array:
@@ -75,6 +78,8 @@ def _primitive(name: str, function: Callable[..., Array], on_cpu: Callable[..., 
     """Elementwise, of arrays of one shape."""
 
     def batch(arrays: tuple, dims: tuple, **parameters: Any) -> tuple[Array, int]:
+        if len(set(dims)) == 1:
+            return primitive.bind(*arrays, **parameters), dims[0]
         size = next(x.shape[dim] for x, dim in zip(arrays, dims, strict=True) if dim is not None)
         moved = (batching.bdim_at_front(x, dim, size) for x, dim in zip(arrays, dims, strict=True))
         return primitive.bind(*moved, **parameters), 0

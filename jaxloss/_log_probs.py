@@ -29,7 +29,7 @@ def target_log_prob(
     The logits were cast from `narrow`.
     Leaving the target out of the sum keeps a confident row exact: 1 - p is a sum of small terms, not a difference.
     """
-    at_target, others = _split(axis, logits, top, targets, kept, narrow)
+    at_target, others = _target_and_others(axis, logits, top, targets, kept, narrow)
     margin = jnp.where(kept, at_target - top, 0)
     return _join(*(checkpoint_name(rows, ROWS) for rows in (margin, others)))
 
@@ -51,7 +51,7 @@ def _join_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _split(
+def _target_and_others(
     axis: ClassAxis,
     logits: Float[Array, "..."],
     top: Float[Array, "..."],
@@ -59,8 +59,11 @@ def _split(
     kept: Bool[Array, "..."],
     narrow: Float[Array, "..."],
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """The target's logit, and Σ exp(logits - top) over the other classes; 0 in rows that are not kept."""
-    if axis.has_few_classes(narrow):
+    """Each row's target's logit, and Σ exp(logits - top) over its other classes.
+
+    Rows that are not kept have a logit of no meaning, and a sum of 0.
+    """
+    if axis.sums_in_one_pass(narrow):
         if axis.lean:  # a cast that the gradient does not share
             narrow, top = lax.optimization_barrier((narrow, top))
             logits = narrow.astype(top.dtype)
@@ -79,6 +82,7 @@ def _sum_others(
     targets: Integer[Array, "..."],
     narrow: Float[Array, "..."],
 ) -> Float[Array, "..."]:
+    """That sum, in rows that are kept."""
     classes = logits.shape[axis.position]
     if classes * jnp.finfo(top.dtype).eps >= 1:  # class indices are not exact in this dtype
         return axis.sum(_others(axis, logits, top, targets))
@@ -95,15 +99,15 @@ def _sum_others(
     return axis.sum_in(blocks, jnp.minimum(jnp.exp(cut.astype(top.dtype) - blocks.expand(tops)), distance))
 
 
-@_split.defjvp
-def _split_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+@_target_and_others.defjvp
+def _target_and_others_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     logits, top, targets, kept, _ = primals
     # A pick from logits that were not cast adds its one element to a row to the rest of the gradient in place.
     source = 0 if axis.widened else -1
     pick = partial(axis.pick, targets=targets)
     at_target, dat_target = jax.jvp(pick, (primals[source],), (tangents[source],))
     if axis.lean:
-        at_target, others = _split(axis, *primals)
+        at_target, others = _target_and_others(axis, *primals)
     else:  # the gradient's own exponentials
         others = jnp.where(kept, axis.sum(_others(axis, logits, top, targets)), 0)
     (top,) = axis.copies(top, 1)

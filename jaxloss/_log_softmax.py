@@ -84,7 +84,7 @@ def log_normalizer(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Ar
     If `axis` is lean the logits are those before the cast. `tops` is the maximum twice: the same array if
     exp(logits - max) is wanted in memory anyway, else two `apart`.
     """
-    if axis.has_few_classes(logits):
+    if axis.sums_in_one_pass(logits):
         exponentials = jnp.exp(logits.astype(tops[0].dtype) - axis.expand(tops[0]))
         others, total = axis.both_sums(exponentials - jnp.floor(exponentials), exponentials)
         return jnp.log1p(others + (jnp.round(total - others) - 1))
@@ -140,10 +140,10 @@ def _log_probs_jvp(axis: ClassAxis, dtype: jnp.dtype, primals: tuple, tangents: 
         # the transpose in that order: g - Σg vanishes exactly before p joins it.
         probs = jnp.exp(log_probs)
         likely = is_likely(probs)
+        first, ones = jax.jit(lambda d: (d, axis.sum(jnp.where(likely, d, 0))))(dlogits)
         at_likely = axis.sum(jnp.where(likely, dlogits, 0))
         rest = axis.sum(jnp.where(likely, probs - lax.stop_gradient(probs), probs) * dlogits)
         mean = less_one(normalizer) * at_likely + rest
-        dlogits, at_likely = jax.jit(lambda d: (d, axis.sum(jnp.where(likely, d, 0))))(dlogits)
-        return cast_sum(dtype, dlogits, -axis.expand(at_likely), -axis.expand(mean)), axis.sum(probs * dlogits)
+        return cast_sum(dtype, first, -axis.expand(ones), -axis.expand(mean)), axis.sum(probs * dlogits)
 
     return (cast(log_probs, dtype), normalizer), tangent(log_probs, normalizer, tangents[0])

@@ -38,12 +38,12 @@ def draw(dtype: str) -> tuple[jax.Array, np.ndarray, jax.Array]:
 
 
 def test_where_both_sums_are_taken_in_one_pass():
-    few = partial(ClassAxis.has_few_classes, ClassAxis(1))
+    few = partial(ClassAxis.sums_in_one_pass, ClassAxis(1))
     assert few(jnp.zeros((64, FEW)))
     assert few(jnp.zeros((3, FEW, 5)))
     assert not few(jnp.zeros((64, FEW + 1)))
     assert not few(jnp.zeros((65, FEW)))
-    assert not ClassAxis(1, "classes").has_few_classes(jnp.zeros((64, FEW)))
+    assert not ClassAxis(1, "classes").sums_in_one_pass(jnp.zeros((64, FEW)))
 
 
 @pytest.mark.rounding
@@ -56,7 +56,7 @@ def test_both_sums_in_one_pass_are_those_of_two(name, dtype):
         @jax.jit
         def values(z: jax.Array, labels: jax.Array) -> list[jax.Array]:
             loss = partial(LOSSES[name], y=labels, p=probabilities)
-            directions = (jnp.cos(labels)[:, None] * jnp.ones_like(z)).astype(z.dtype)
+            directions = jnp.cos(jnp.arange(z.size, dtype=z.dtype)).reshape(z.shape)
             value, tangent = jax.jvp(loss, (z,), (directions,))
             pull = jax.vjp(loss, z)[1](value)[0]
             product = jax.jvp(jax.grad(lambda z: jnp.sum(jnp.sin(loss(z)))), (z,), (directions,))[1]
@@ -69,6 +69,6 @@ def test_both_sums_in_one_pass_are_those_of_two(name, dtype):
     for found, expected in zip(whole, part, strict=True):
         np.testing.assert_allclose(found[:-1], expected, rtol=tolerance, atol=tolerance)
         assert np.isnan(expected).any()
-        assert np.isfinite(expected).any()
+        assert np.nanmax(np.abs(expected[10:])) > 0.01
     if dtype == "float32":  # the confident row, all of whose digits count
         np.testing.assert_allclose(whole[0][0], part[0][0], rtol=1e-5)

@@ -65,6 +65,7 @@ def test_every_transformation_is_that_of_jaxs_own_operations(name):
         jax.jacfwd,
         jax.jacrev,
         jax.hessian,
+        lambda f: jax.jacrev(jax.jacfwd(f)),
         lambda f: jax.grad(lambda x: jnp.sum(jax.checkpoint(f)(x))),
         lambda f: lambda x: jax.jvp(f, (x,), (x,)),
         lambda f: lambda x: jax.vmap(f)(jnp.stack([x, 2 * x])),
@@ -84,6 +85,20 @@ def test_an_array_that_is_not_batched_joins_one_that_is():
     x = X.astype(jnp.bfloat16)
     found = jax.vmap(lambda mask: zero_unless(mask, x[0]))(POSITIVE)
     np.testing.assert_array_equal(found.astype("float32"), jnp.where(POSITIVE, x[0], 0).astype("float32"))
+
+
+def test_a_gradient_of_half_log_probabilities_that_shard_map_does_not_split():
+    devices = jax.device_count()
+    mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))
+    log_probs, targets = jnp.asarray(jax.nn.log_softmax(X[:2].repeat(4, 0)), jnp.bfloat16), jnp.arange(8 * devices) % 4
+
+    def total(log_probs: jax.Array, targets: jax.Array) -> jax.Array:
+        return jax.lax.psum(jaxloss.nll_loss(log_probs, targets, reduction="sum"), "x")
+
+    specs = PartitionSpec(), PartitionSpec("x")
+    gradient = jax.jit(jax.grad(jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())))
+    found = gradient(log_probs, targets)
+    np.testing.assert_array_equal(found.astype("float32"), -devices * jax.nn.one_hot(targets[:8], 4))
 
 
 def test_a_select_passes_every_half_as_it_is():

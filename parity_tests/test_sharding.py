@@ -42,8 +42,8 @@ def loss_of(options: dict, **extra):
     return jax.value_and_grad(loss, argnums=(0, 2))
 
 
-def assert_trees_close(ours, theirs) -> None:
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-7), ours, theirs)
+def assert_trees_close(ours, theirs, rtol: float = 2e-6) -> None:
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=rtol / 20), ours, theirs)
 
 
 def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
@@ -157,9 +157,11 @@ def test_tokens_split_in_shard_map_sum_and_count_globally():
     assert_trees_close(ours, jax.jit(jax.value_and_grad(jaxloss.cross_entropy))(logits, targets))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["log_softmax", "nll_loss", "kl_div"])
-def test_the_other_losses_take_sharded_classes_too(name):
+def test_the_other_losses_take_sharded_classes_too(name, dtype):
     logits, targets, weight = make_inputs("index")
+    logits = logits.astype(dtype)
     probabilities = make_inputs("probability")[1]
     functions = {
         "log_softmax": lambda z: jnp.sum(jaxloss.log_softmax(z) * probabilities),
@@ -171,8 +173,22 @@ def test_the_other_losses_take_sharded_classes_too(name):
     with jax.set_mesh(mesh):
         split = jax.device_put(logits, NamedSharding(mesh, P(None, "x")))
         compiled = jax.jit(jax.value_and_grad(functions[name])).lower(split).compile()
-        assert_trees_close(jax.device_get(compiled(split)), jax.device_get(expected))
+        ours, theirs = (jax.tree.map(np.float32, jax.device_get(x)) for x in (compiled(split), expected))
+        assert_trees_close(ours, theirs, 2e-6 if dtype == "float32" else 2**-7)
     assert max(gathered_sizes(compiled), default=0) < ROWS * CLASSES // 8
+
+
+@pytest.mark.parametrize("spec", [P(None, "x"), P("x", None)], ids=["classes", "rows"])
+@pytest.mark.parametrize("loss", [jaxloss.cross_entropy, lambda z, t: jnp.sum(jaxloss.log_softmax(z)[:, 3])])
+def test_few_sharded_classes_give_the_single_device_result(loss, spec):
+    rows, classes = 64, 16  # of which both sums are taken in one pass
+    rng = np.random.default_rng(0)
+    logits, targets = jnp.asarray(rng.normal(size=(rows, classes)), jnp.float32), rng.integers(0, classes, rows)
+    split = jax.device_put(logits, NamedSharding(mesh_of(AxisType.Auto), spec))
+    for function in (loss, jax.value_and_grad(loss)):
+        compiled = jax.jit(function).lower(split, targets).compile()
+        assert_trees_close(compiled(split, targets), jax.jit(function)(logits, targets))
+        assert max(gathered_sizes(compiled), default=0) <= rows * 8  # at most each device's sums
 
 
 def test_optax_raises_on_classes_split_over_an_explicit_mesh_axis():
