@@ -280,6 +280,12 @@ def test_readme_speed_with_a_confident_row_is_that_of_the_committed_results():
     assert readme_part("confident") == f"{ratios[0]} to {ratios[-1]}"
 
 
+def test_readme_speed_with_the_classes_on_axis_1_is_that_of_the_committed_results():
+    rows = [row for row in committed("losses") if row["loss"].endswith("axis 1") and row["of"] == BOTH]
+    expected = [ratio(row["milliseconds"], OURS, peer) for peer in (OPTAX, EAGER) for row in rows]
+    assert re.findall(r"\d\.\d\d", readme_part("axis-1")) == expected
+
+
 def test_readme_memory_and_time_of_linear_cross_entropy_are_those_of_the_committed_results():
     rows = committed("linear")
     expected = [
