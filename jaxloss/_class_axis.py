@@ -53,8 +53,7 @@ class ClassAxis(NamedTuple):
         That is XLA's own loop and not a library's, which where each row is one stretch of memory takes several rows at
         once, and so many for each thread.
         """
-        here = self.mesh_axis is None and not on_explicit_mesh(x) and jax.default_backend() == "cpu"
-        if not here or not has_at_least(1, x) or x.shape[self.position] > FEW:
+        if not self.is_whole_on_cpu(x) or not has_at_least(1, x) or x.shape[self.position] > FEW:
             return False
         return self.position != x.ndim - 1 or (x.size // x.shape[-1]) % EVEN == 0
 
@@ -64,8 +63,11 @@ class ClassAxis(NamedTuple):
 
     def has_whole_rows_on_cpu(self, x: Array) -> bool:
         """Whether each row is one stretch of a CPU's memory."""
-        here = self.mesh_axis is None and self.position == x.ndim - 1 and not on_explicit_mesh(x)
-        return here and jax.default_backend() == "cpu"
+        return self.position == x.ndim - 1 and self.is_whole_on_cpu(x)
+
+    def is_whole_on_cpu(self, x: Array) -> bool:
+        """Whether a CPU has all classes, as far as tracing tells."""
+        return self.mesh_axis is None and not on_explicit_mesh(x) and jax.default_backend() == "cpu"
 
     def of_cast(self, narrow: Array, dtype: jnp.dtype, least: int = 0) -> "ClassAxis":
         """This axis of `narrow` cast to `dtype`.
