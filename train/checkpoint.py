@@ -17,6 +17,7 @@ from train.config import UserError
 from train.loop import Epoch, Learner, Phase
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every save, and of errors that we tell
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of other writes of a save that has failed already
 
 
 def _without_late_failures(show: Callable[[Any], object]) -> Callable[[Any], None]:
