@@ -17,11 +17,13 @@ from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, arg
 
 from benchmarks import plots
-from benchmarks.timing import LEFT_OUT, PLATFORM, about, pin_malloc
+from benchmarks.processes import rows_of
+from benchmarks.timing import LEFT_OUT, PLATFORM, about, pin_malloc, quartiles
 
 ALL = ("losses", "linear", "train", "start")
 PINNED = ("losses", "linear")  # a whole program is timed as it runs for users
 TURNS, QUICK_TURNS = 40, 2
+PROCESSES = {"losses": 5} if PLATFORM == "cpu" else {}  # an accelerator is held by the first
 ROUGH = "--quick: few turns, small shapes. These figures are rough, and say nothing."
 
 
@@ -35,7 +37,7 @@ class Options:
     """Everything once, in seconds, to see that it runs: a few small shapes. Its figures are rough."""
     turns: int | None = None
     """Turns of each implementation and case, of five timed calls each (fewer where a call takes long). By default 40,
-    quick 2."""
+    quick 2. Five processes share those of the losses on CPU."""
     json: Annotated[Path | None, arg(metavar="DIR")] = None
     """Also write SUITE-PLATFORM.json into this folder, such as losses-cpu.json."""
     plot: Annotated[Path | None, arg(metavar="DIR")] = None
@@ -57,8 +59,9 @@ def main() -> None:
 def run(options: Options) -> None:
     """One suite, until it ends or is interrupted."""
     console, suite = Console(), import_module(f"benchmarks.{options.suite}")
+    processes = 1 if options.quick else PROCESSES.get(options.suite, 1)
     name = f"{options.suite}-{PLATFORM}"
-    results: dict[str, Any] = about() | {"quick": options.quick, "rows": []}
+    results: dict[str, Any] = about() | {"quick": options.quick, "processes": processes, "rows": []}
     console.print({key: value for key, value in results.items() if key != "rows"})
     for what, why in LEFT_OUT.items():
         console.print(f"{what} is left out: it {why}")
@@ -66,8 +69,8 @@ def run(options: Options) -> None:
         options.json.mkdir(parents=True, exist_ok=True)
     turns = options.turns or (QUICK_TURNS if options.quick else TURNS)
     with suppress(KeyboardInterrupt):  # what was measured until then is shown
-        for row in suite.measure(turns, quick=options.quick):
-            results["rows"].append(row)
+        for rows in rows_of(suite.measure, max(turns // processes, 1), quick=options.quick, processes=processes):
+            results["rows"] = [summary(row) for row in rows]
             if options.json:
                 (options.json / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     console.print(*suite.tables(results["rows"]))
@@ -75,6 +78,12 @@ def run(options: Options) -> None:
         console.print(*plots.draw(results["rows"], options.plot, name), sep="\n")
     if options.quick:
         console.print(ROUGH)
+
+
+def summary(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with medians and quartiles for its times."""
+    times = row.get("milliseconds")
+    return row if times is None else row | {"milliseconds": {name: quartiles(each) for name, each in times.items()}}
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from benchmarks.timing import (
     TORCH,
     Calls,
     assert_same_answers,
-    medians,
     temporaries,
+    timings,
     told,
 )
 
@@ -133,7 +133,7 @@ def timed(shape: Shape, dtype: str, kind: str, calls: Calls, turns: int) -> dict
     """A row, once the answers agree."""
     first = assert_same_answers(calls, MATMUL if dtype == "float32" else dtype)
     row = {"shape": shape, "dtype": dtype, "of": kind, "first call, seconds": first}
-    return row | {"milliseconds": medians(calls, turns)}
+    return row | {"milliseconds": timings(calls, turns)}
 
 
 def measure(turns: int, *, quick: bool) -> Iterator[dict[str, Any]]:

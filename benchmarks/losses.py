@@ -16,7 +16,7 @@ from rich.table import Table
 from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
-from benchmarks.timing import HAS_COMPILER, TORCH, Calls, assert_same_answers, medians, temporaries, told
+from benchmarks.timing import HAS_COMPILER, TORCH, Calls, assert_same_answers, temporaries, timings, told
 
 SHAPES = ((128, 10), (8192, 10), (1024, 1000), (8, 128, 128, 21), (256, 32000), (1024, 32768), (1024, 131072))
 VALUE, BOTH = "value", "value and gradient"
@@ -194,11 +194,11 @@ def measure(turns: int, *, quick: bool) -> Iterator[dict[str, Any]]:
         x, one_pass = jnp.asarray(examples(KINDS[name], shape)[0], dtype), jax.jit(function)
         calls[label] = lambda one_pass=one_pass, x=x: jax.block_until_ready(one_pass(x))
         few = max(turns // (1 if np.prod(shape) < 1e6 else 5 if np.prod(shape) < 1e8 else 10), 1 if quick else 2)
-        yield row | {"milliseconds": medians(calls, few)}
+        yield row | {"milliseconds": timings(calls, few)}
     calls = outside_jit()
     assert_same_answers(calls)
     row = {"loss": "cross_entropy", "of": "value, outside of jit", "dtype": "float32", "shape": (128, 10)}
-    yield row | {"milliseconds": medians(calls, turns)}
+    yield row | {"milliseconds": timings(calls, turns)}
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Table]:

@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.processes import answer
-from benchmarks.timing import Times, quartiles, told
+from benchmarks.timing import Times, told
 
 OURS, OPTAX, EAGER, CNN, NET = "jaxloss", "optax", "PyTorch eager", "cnn", "net"  # programs of benchmarks.cold
 CACHED = ", cached"
@@ -52,7 +52,7 @@ def measure(turns: int, *, quick: bool) -> Iterator[dict[str, Any]]:
                     starts[name].append(start(name))
         for stage in starts[names[0]][0]:
             having = [name for name in names if stage in starts[name][0]]
-            times = {name: quartiles([1e3 * each[stage] for each in starts[name]]) for name in having}
+            times = {name: [1e3 * each[stage] for each in starts[name]] for name in having}
             yield {"case": case, "of": stage, "milliseconds": times}
 
 

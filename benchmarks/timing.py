@@ -1,10 +1,12 @@
 """How calls are timed against each other.
 
 Only ratios of medians from one run mean anything: the implementations take turns in random order, and every result is
-waited for and freed before the next call. Two things would carry from one turn into the next, and are kept from it for
-everyone alike. Whether a large result gets fresh pages is pinned: glibc decides it by the history of calls, and at
-32 MB that doubles any figure. And OpenMP's threads spin on after PyTorch's call and take a core from whoever comes
-next, so a turn starts with untimed calls.
+waited for and freed before the next call. Three things would carry from one turn into the next, and are kept from it
+for everyone alike. Whether a large result gets fresh pages is pinned: glibc decides it by the history of calls, and at
+32 MB that doubles any figure. OpenMP's threads spin on after PyTorch's call and take a core from whoever comes
+next, so a turn starts with untimed calls. And which pages an array lies on and how threads wake stay as they are for as
+long as a process lives, and are up to half of a short call: such calls are timed in several processes, one after
+another.
 """
 
 import os
@@ -94,8 +96,8 @@ def _as_numpy(results: Iterable[Any]) -> list[np.ndarray]:
     return found
 
 
-def medians(calls: Calls, turns: int) -> dict[str, dict[str, float]]:
-    """Median and quartiles in milliseconds of each call, all interleaved; a call that is long has fewer."""
+def timings(calls: Calls, turns: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, all interleaved; a call that is long has fewer."""
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     for _ in range(turns):
@@ -115,7 +117,7 @@ def medians(calls: Calls, turns: int) -> dict[str, dict[str, float]]:
                 elapsed = time.perf_counter() - start
                 del result
                 milliseconds[name].append(1e3 * elapsed)
-    return {name: quartiles(times) for name, times in milliseconds.items()}
+    return milliseconds
 
 
 def quartiles(times: list[float]) -> dict[str, float]:

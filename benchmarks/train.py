@@ -29,8 +29,8 @@ from benchmarks.timing import (
     TORCH,
     Calls,
     assert_same_answers,
-    medians,
     quartiles,
+    timings,
     told,
 )
 from jaxloss.parity import load_torch, to_torch
@@ -228,7 +228,7 @@ def measure(turns: int, *, quick: bool) -> Iterator[dict[str, Any]]:
     for model, batch in track(cases, description="train", transient=True):
         steps, losses = implementations(model, batch)
         assert_same_answers(losses, MATMUL)
-        times = medians(steps, max(turns * 32 // max(batch, 128), least))
+        times = timings(steps, max(turns * 32 // max(batch, 128), least))
         yield {"model": model, "batch": batch, "steps": steps_of(batch), "milliseconds": times}
     for model in models if PLATFORM == "cpu" else ():
         shares = shares_in_programs(model, QUICK_EPOCH_OF if quick else EPOCH_OF, max(turns // 8, least))
