@@ -23,7 +23,7 @@ from benchmarks.timing import LEFT_OUT, PLATFORM, about, pin_malloc, quartiles
 ALL = ("losses", "linear", "train", "start")
 PINNED = ("losses", "linear")  # a whole program is timed as it runs for users
 TURNS, QUICK_TURNS = 40, 2
-PROCESSES = {"losses": 5} if PLATFORM == "cpu" else {}  # an accelerator is held by the first
+PROCESSES = {"losses": 3} if PLATFORM == "cpu" else {}  # an accelerator is held by the first
 ROUGH = "--quick: few turns, small shapes. These figures are rough, and say nothing."
 
 
@@ -37,7 +37,7 @@ class Options:
     """Everything once, in seconds, to see that it runs: a few small shapes. Its figures are rough."""
     turns: int | None = None
     """Turns of each implementation and case, of five timed calls each (fewer where a call takes long). By default 40,
-    quick 2. Five processes share those of the losses on CPU."""
+    quick 2. Three processes share those of the losses on CPU."""
     json: Annotated[Path | None, arg(metavar="DIR")] = None
     """Also write SUITE-PLATFORM.json into this folder, such as losses-cpu.json."""
     plot: Annotated[Path | None, arg(metavar="DIR")] = None

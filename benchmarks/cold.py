@@ -67,7 +67,7 @@ def train(model: Any) -> Iterator[str]:
 
     yield IMPORTS
     recipe = Recipe("adam", lr=1e-3, momentum=0.0, gamma=1.0, epochs=1, batch_size=100)
-    learner = Learner(model, recipe, load("digits"), seed=0, dispatch=default_dispatch(recipe, model))
+    learner = Learner(model, recipe, load("digits"), seed=0, dispatch=default_dispatch(model, recipe))
     yield COMPILING
     stop = Event()
     stop.set()  # from the start: it takes one step, or all that are dispatched with it

@@ -101,9 +101,9 @@ KINDS = {
 def examples(kind: Kind, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Logits, and labels or probabilities."""
     rng = np.random.default_rng(0)
-    logits = rng.normal(size=shape).astype(np.float32)
+    logits = rng.standard_normal(shape, np.float32)
     if kind.targets == "probabilities":
-        exponentials = np.exp(rng.normal(size=shape).astype(np.float32))
+        exponentials = np.exp(rng.standard_normal(shape, np.float32))
         return logits, exponentials / exponentials.sum(-1, keepdims=True)
     labels = rng.integers(0, shape[kind.axis], np.delete(shape, kind.axis)).astype(np.int32)
     if kind.confident:
@@ -119,7 +119,7 @@ def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...
     And for each in JAX, what gives the bytes of temporaries of its compiled program.
     """
     logits, targets = examples(kind, shape)
-    factors = np.random.default_rng(1).normal(size=shape).astype(np.float32)  # the gradient of what has no scalar value
+    factors = np.random.default_rng(1).standard_normal(shape, np.float32)  # the gradient of what has no scalar value
     integers = targets.dtype == np.int32
     z, t, g = jnp.asarray(logits, dtype), jnp.asarray(targets, None if integers else dtype), jnp.asarray(factors, dtype)
 

@@ -124,7 +124,7 @@ def implementations(model: ModelName, batch: int) -> tuple[Calls, Calls]:
     count = steps_of(batch)
     data = digits_of(count * batch)
     recipe = recipe_of(batch)
-    dispatch = default_dispatch(recipe, model) if PLATFORM == "cpu" else count
+    dispatch = default_dispatch(model, recipe) if PLATFORM == "cpu" else count
     learner = Learner(model, recipe, data, seed=0, dispatch=dispatch)
     weights = to_torch(learner.trained())
     pixels = np.asarray(data.train.images, np.float32) / 255
@@ -186,7 +186,7 @@ def implementations(model: ModelName, batch: int) -> tuple[Calls, Calls]:
 def shares_in_programs(model: ModelName, images: int, epochs: int) -> list[float]:
     """On CPU, of epochs in batches of 100: the share of its time during which a compiled program runs, by a profile."""
     recipe = recipe_of(100)
-    learner = Learner(model, recipe, digits_of(images), seed=0, dispatch=default_dispatch(recipe, model))
+    learner = Learner(model, recipe, digits_of(images), seed=0, dispatch=default_dispatch(model, recipe))
 
     def epoch() -> None:
         learner.step = 0

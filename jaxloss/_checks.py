@@ -20,6 +20,8 @@ _REDUCTIONS = ("none", "mean", "sum")
 
 
 def _array(name: str, argument: str, value: Any) -> Array:
+    if isinstance(value, jax.Array):
+        return value
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -67,7 +69,8 @@ def result_dtype(name: str, dtype: DTypeLike | None, *arrays: Array) -> jnp.dtyp
     """`dtype`, or the floating arrays' dtypes promoted together."""
     if dtype is not None:
         return floating_dtype(name, dtype)
-    return promote(*(array.dtype for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)))
+    dtypes = {array.dtype for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)}
+    return promote(*dtypes) if len(dtypes) > 1 else dtypes.pop()
 
 
 def promote(*dtypes: DTypeLike) -> jnp.dtype:
@@ -177,9 +180,11 @@ def index_targets(
     rows = _index_shape(name, targets.shape, values, argument, axis)
     if bounded:
         _in_range(targets, values.shape[axis], ignore_index)
-    if jnp.iinfo(targets.dtype).max > limit.max:  # a cast alone would wrap
-        targets = targets.clip(max(limit.min, jnp.iinfo(targets.dtype).min), limit.max)
-    return jnp.asarray(targets, np.int32).reshape(rows)
+    if targets.dtype != np.int32 or not isinstance(targets, jax.Array):
+        if jnp.iinfo(targets.dtype).max > limit.max:  # a cast alone would wrap
+            targets = targets.clip(max(limit.min, jnp.iinfo(targets.dtype).min), limit.max)
+        targets = jnp.asarray(targets, np.int32)
+    return targets if targets.shape == rows else targets.reshape(rows)
 
 
 def _index_dtype(name: str, dtype: np.dtype, values: Shaped, argument: str) -> None:

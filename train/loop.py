@@ -72,7 +72,7 @@ class Epoch:
     validation: Phase
 
 
-def default_dispatch(recipe: Recipe, model: ModelName) -> int:
+def default_dispatch(model: ModelName, recipe: Recipe) -> int:
     """How many steps are best handed to this platform's devices at once."""
     if jax.default_backend() != "cpu":
         return 20

@@ -109,7 +109,7 @@ def _dispatch(config: Config, model: ModelName) -> int:
     """How many steps at once, so that each checkpoint falls between two dispatches."""
     if config.dry_run:
         return 1
-    asked = config.dispatch or default_dispatch(config.recipe(model), model)
+    asked = config.dispatch or default_dispatch(model, config.recipe(model))
     return math.gcd(asked, config.checkpoint_every)
 
 
