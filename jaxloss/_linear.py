@@ -21,6 +21,7 @@ from jaxloss._slabs import (
     SCALARS,
     Arrays,
     Settings,
+    add_product,
     default_budget,
     dot,
     project,
@@ -224,7 +225,7 @@ def _total_and_gradients(settings: Settings, arrays: Arrays) -> tuple[Array, Arr
         half = cast(flat, part.inputs.dtype)  # the products take operands of the inputs' dtype
         carry = (
             total + value,
-            dmatrix + dot(half, part.inputs, ((0,), (0,))),
+            add_product(dmatrix, half, part.inputs),
             dbias + jnp.sum(flat, 0),
             jax.tree.map(jnp.add, dshared, more),
         )

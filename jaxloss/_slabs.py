@@ -1,5 +1,6 @@
 """The logits of a linear layer in slabs of tokens: what the losses that never hold all of them are made of."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from jaxloss._class_axis import ClassAxis, MeshAxes
 from jaxloss._log_softmax import accumulator
 
 BUFFERS = 3  # of (tokens, classes) alive at once in XLA's schedule: logits, exponentials and gradient
+PIECE, MOST_PIECES = 2**21, 16  # elements of a product that are made at once, see `add_product`
 
 
 class Arrays(NamedTuple):
@@ -115,6 +117,26 @@ def project(arrays: Arrays) -> Float[Array, "..."]:
 def dot(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> Float[Array, "..."]:
     """A matrix product of the operands as they are, accumulated in float32 or better."""
     return lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=accumulator(a[:0, :0]).dtype)
+
+
+def add_product(
+    total: Float[Array, "classes features"], a: Float[Array, "tokens classes"], b: Float[Array, "tokens features"]
+) -> Float[Array, "classes features"]:
+    """The sum of `total` and aᵀ b.
+
+    CPU stores a product before it adds it: there it is one piece of the classes after the other, unless several devices
+    may have split them.
+    """
+    classes, features = total.shape
+    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    pieces = min(classes * features // PIECE, MOST_PIECES, classes) if alone else 1
+    if pieces < 2:
+        return total + dot(a, b, ((0,), (0,)))
+    bounds = [classes * i // pieces for i in range(pieces + 1)]
+    for start, stop in itertools.pairwise(bounds):
+        product = dot(a[:, start:stop], b, ((0,), (0,)))
+        total = lax.dynamic_update_slice_in_dim(total, total[start:stop] + product, start, 0)
+    return total
 
 
 def soft_cap(logits: Float[Array, "..."], cap: Float[Array, ""] | float | None) -> Float[Array, "..."]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jax import export
 
 import jaxloss
+from jaxloss import _slabs
 from parity_tests.gates import HALF_UNIT, assert_errors_within_ratio, assert_float64_close, relative_l2
 from parity_tests.losses import round_to, to_torch
 
@@ -233,6 +234,39 @@ def test_default_budget_takes_an_eighth_of_the_materialised_temporaries():
     tokens, features, classes = 2048, 256, 131072
     ours = value_and_grad(tokens, features, classes).compile().memory_analysis().temp_size_in_bytes
     assert ours <= 2 * 4 * tokens * classes / 8
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """As on a machine with one CPU device, where nothing can have split the classes."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    jax.clear_caches()
+    yield monkeypatch
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_default_budget_takes_a_twelfth_on_one_device():
+    tokens, features, classes = 2048, 256, 131072
+    ours = value_and_grad(tokens, features, classes).compile().memory_analysis().temp_size_in_bytes
+    assert ours <= 2 * 4 * tokens * classes / 12
+
+
+@pytest.mark.parametrize(("classes", "piece", "pieces"), [(101, 8 * 15, 6), (128, 8 * 16, 8), (101, 8, 16)])
+def test_a_gradient_made_in_pieces_is_that_of_the_whole(one_device, classes, piece, pieces):
+    one_device.setattr(_slabs, "PIECE", piece)
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=(n, 8)), jnp.float32) for n in (12, classes))
+    t = jnp.asarray(rng.integers(0, classes, 12))
+
+    def derivatives(loss):
+        gradient = jax.grad(loss, (0, 1))
+        return gradient(x, w), jax.jvp(gradient, (x, w), (jnp.cos(x), jnp.cos(w)))[1]
+
+    in_pieces = partial(jaxloss.linear_cross_entropy, targets=t, memory_budget=4 * 3 * 4 * classes)
+    assert jax.jit(jax.grad(in_pieces, (0, 1))).lower(x, w).as_text().count("dot_general") == 2 + pieces
+    ours, whole = derivatives(in_pieces), derivatives(lambda x, w: jaxloss.cross_entropy(x @ w.T, t))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), ours, whole)
 
 
 def test_default_budget_is_larger_where_products_are_to_be_large(monkeypatch):
