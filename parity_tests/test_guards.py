@@ -110,6 +110,19 @@ def test_linear_cross_entropy_keeps_its_gradients_and_no_logits():
     assert kept_bytes(lambda x, w: jaxloss.cross_entropy(x @ w.T, targets), inputs, weight) > few
 
 
+@pytest.mark.parametrize("loss", [jaxloss.cross_entropy, jaxloss.nll_loss])
+def test_a_call_outside_of_jit_converts_no_array_that_is_one(loss, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("converted")
+
+    logits, targets = jnp.ones((128, 10)), jnp.zeros(128, jnp.int32)
+    loss(logits, targets)
+    monkeypatch.setattr(jnp, "asarray", refuse)
+    loss(logits, targets)
+    with pytest.raises(AssertionError, match="converted"):
+        loss(logits, np.asarray(targets))
+
+
 @pytest.fixture
 def compilations() -> Iterator[list[str]]:
     """Grows by one with every program that XLA compiles."""
