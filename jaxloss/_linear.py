@@ -137,24 +137,33 @@ def _linear_cross_entropy(
         flat = varying_alike(settings, arrays.flat())
         if reduction == "none":
             return _rows(settings, flat).reshape(*arrays.inputs.shape[:-1], *arrays.inner)
-        total = settings.over_tokens(_total(settings, flat))
-        return total if reduction == "sum" else _mean(settings, flat, total)
+        if reduction == "sum":
+            return settings.over_tokens(_total(settings, flat))
+        # The gradients are scaled in the slabs: XLA would keep them twice to do it afterwards.
+        scale, missing = _mean_of(settings, flat)
+        scaled = varying_alike(settings, flat._replace(scale=scale))
+        return settings.over_tokens(_total(settings, scaled)) + missing
 
     return on_shards(local, settings, arrays, by_token=reduction == "none").astype(dtype)
 
 
-def _mean(settings: Settings, arrays: Arrays, total: Float[Array, ""]) -> Float[Array, ""]:
-    """The sum of losses over the sum of the kept targets' class weights, or over the number of rows."""
+def _mean_of(settings: Settings, arrays: Arrays) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What the losses are multiplied by for their mean, and what is added to their sum: NaN if there are none.
+
+    One over the sum of the kept targets' class weights, or over the number of rows.
+    """
+    dtype = accumulator(arrays.inputs[:0]).dtype
     if arrays.soft:
         shards = math.prod(lax.axis_size(name) for name in settings.token_axis_names)
-        return total / math.prod((shards, arrays.inputs.shape[0], *arrays.inner))
+        rows = math.prod((shards, arrays.inputs.shape[0], *arrays.inner))
+        return jnp.asarray(1 / max(rows, 1), dtype), jnp.asarray(0 if rows else jnp.nan, dtype)
     axis = ClassAxis(0, settings.class_axis_name)
     classes = axis.size(arrays.linear_weight)
-    kept, weights = weigh_rows(axis, classes, arrays.targets, arrays.weight, settings.ignore_index, total.dtype)
+    kept, weights = weigh_rows(axis, classes, arrays.targets, arrays.weight, settings.ignore_index, dtype)
     # Where no row is kept the mean is NaN and its gradient 0; where all weights are 0, both are NaN.
     some, weighty = (settings.over_tokens(jnp.sum(mask)) > 0 for mask in (kept, weights != 0))
     divisor = jnp.where(weighty, settings.over_tokens(jnp.sum(weights)), jnp.nan)
-    return jnp.where(some, total / jnp.where(some, divisor, 1), jnp.nan)
+    return 1 / jnp.where(some, divisor, 1), jnp.where(some, 0, jnp.nan).astype(dtype)
 
 
 def _slab_losses(
@@ -167,7 +176,8 @@ def _slab_losses(
     )
     options = arrays.weight, smoothing, z_loss
     losses = losses_of_rows(settings.axis, logits, arrays.targets, *options, settings.ignore_index)
-    return jnp.where(real.reshape(real.size, *[1] * (losses.ndim - 1)), losses, 0)
+    losses = jnp.where(real.reshape(real.size, *[1] * (losses.ndim - 1)), losses, 0)
+    return losses if arrays.scale is None else losses * arrays.scale
 
 
 def _rows(settings: Settings, arrays: Arrays) -> Float[Array, "..."]:

@@ -1,6 +1,5 @@
 """The logits of a linear layer in slabs of tokens: what the losses that never hold all of them are made of."""
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,14 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Integer, Num, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num, Shaped
 
 from jaxloss import _checks
 from jaxloss._class_axis import ClassAxis, MeshAxes
 from jaxloss._log_softmax import accumulator
 
 BUFFERS = 3  # of (tokens, classes) alive at once in XLA's schedule: logits, exponentials and gradient
-PIECE, MOST_PIECES = 2**21, 16  # elements of a product that are made at once, see `add_product`
+PIECE, MOST_PIECES = 2**21, 8  # elements of a product that are made at once, see `add_product`
 
 
 class Arrays(NamedTuple):
@@ -30,6 +29,7 @@ class Arrays(NamedTuple):
     z_loss: Float[Array, ""] | float | None = None
     logit_softcap: Float[Array, ""] | float | None = None
     temperature: Float[Array, ""] | float | None = None
+    scale: Float[Array, ""] | None = None  # of every loss
 
     @property
     def soft(self) -> bool:
@@ -56,7 +56,7 @@ class Arrays(NamedTuple):
         return self.linear_weight.reshape(math.prod(out), features)
 
 
-SCALARS = ("label_smoothing", "z_loss", "logit_softcap", "temperature")
+SCALARS = ("label_smoothing", "z_loss", "logit_softcap", "temperature", "scale")
 
 
 class Settings(NamedTuple):
@@ -132,11 +132,15 @@ def add_product(
     pieces = min(classes * features // PIECE, MOST_PIECES, classes) if alone else 1
     if pieces < 2:
         return total + dot(a, b, ((0,), (0,)))
-    bounds = [classes * i // pieces for i in range(pieces + 1)]
-    for start, stop in itertools.pairwise(bounds):
-        product = dot(a[:, start:stop], b, ((0,), (0,)))
-        total = lax.dynamic_update_slice_in_dim(total, total[start:stop] + product, start, 0)
-    return total
+    length, rest = divmod(classes, pieces)
+
+    def add(start: Integer[ArrayLike, ""], length: int, total: Array) -> Array:
+        product = dot(lax.dynamic_slice_in_dim(a, start, length, 1), b, ((0,), (0,)))
+        before = lax.dynamic_slice_in_dim(total, start, length)
+        return lax.dynamic_update_slice_in_dim(total, before + product, start, 0)
+
+    total = lax.fori_loop(0, pieces, lambda piece, total: add(piece * length, length, total), total)
+    return add(classes - rest, rest, total) if rest else total
 
 
 def soft_cap(logits: Float[Array, "..."], cap: Float[Array, ""] | float | None) -> Float[Array, "..."]:

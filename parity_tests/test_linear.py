@@ -246,15 +246,14 @@ def one_device(monkeypatch):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_default_budget_takes_a_twelfth_on_one_device():
-    tokens, features, classes = 2048, 256, 131072
-    ours = value_and_grad(tokens, features, classes).compile().memory_analysis().temp_size_in_bytes
-    assert ours <= 2 * 4 * tokens * classes / 12
+def test_temporaries_on_one_device_do_not_grow_with_the_classes():
+    ours = value_and_grad(512, 256, 131072).compile().memory_analysis().temp_size_in_bytes
+    assert ours <= 1.1 * _slabs.default_budget()
 
 
-@pytest.mark.parametrize(("classes", "piece", "pieces"), [(101, 8 * 15, 6), (128, 8 * 16, 8), (101, 8, 16)])
-def test_a_gradient_made_in_pieces_is_that_of_the_whole(one_device, classes, piece, pieces):
-    one_device.setattr(_slabs, "PIECE", piece)
+@pytest.mark.parametrize(("classes", "products"), [(101, 2), (128, 1)], ids=["with a rest", "even"])
+def test_a_gradient_made_in_pieces_is_that_of_the_whole(one_device, classes, products):
+    one_device.setattr(_slabs, "PIECE", 8 * 15)
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=(n, 8)), jnp.float32) for n in (12, classes))
     t = jnp.asarray(rng.integers(0, classes, 12))
@@ -264,7 +263,7 @@ def test_a_gradient_made_in_pieces_is_that_of_the_whole(one_device, classes, pie
         return gradient(x, w), jax.jvp(gradient, (x, w), (jnp.cos(x), jnp.cos(w)))[1]
 
     in_pieces = partial(jaxloss.linear_cross_entropy, targets=t, memory_budget=4 * 3 * 4 * classes)
-    assert jax.jit(jax.grad(in_pieces, (0, 1))).lower(x, w).as_text().count("dot_general") == 2 + pieces
+    assert jax.jit(jax.grad(in_pieces, (0, 1))).lower(x, w).as_text().count("dot_general") == 2 + products
     ours, whole = derivatives(in_pieces), derivatives(lambda x, w: jaxloss.cross_entropy(x @ w.T, t))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), ours, whole)
 
