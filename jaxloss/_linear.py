@@ -139,31 +139,30 @@ def _linear_cross_entropy(
             return _rows(settings, flat).reshape(*arrays.inputs.shape[:-1], *arrays.inner)
         if reduction == "sum":
             return settings.over_tokens(_total(settings, flat))
-        # The gradients are scaled in the slabs: XLA would keep them twice to do it afterwards.
-        scale, missing = _mean_of(settings, flat)
-        scaled = varying_alike(settings, flat._replace(scale=scale))
-        return settings.over_tokens(_total(settings, scaled)) + missing
+        divisor, missing = _mean_of(settings, flat)
+        flat = varying_alike(settings, flat._replace(divisor=divisor))
+        return settings.over_tokens(_total(settings, flat)) + missing
 
     return on_shards(local, settings, arrays, by_token=reduction == "none").astype(dtype)
 
 
 def _mean_of(settings: Settings, arrays: Arrays) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """What the losses are multiplied by for their mean, and what is added to their sum: NaN if there are none.
+    """What the sum of losses is divided by for their mean, and what is then added to it: NaN if there are none.
 
-    One over the sum of the kept targets' class weights, or over the number of rows.
+    The sum of the kept targets' class weights, or the number of rows.
     """
     dtype = accumulator(arrays.inputs[:0]).dtype
     if arrays.soft:
         shards = math.prod(lax.axis_size(name) for name in settings.token_axis_names)
         rows = math.prod((shards, arrays.inputs.shape[0], *arrays.inner))
-        return jnp.asarray(1 / max(rows, 1), dtype), jnp.asarray(0 if rows else jnp.nan, dtype)
+        return jnp.asarray(max(rows, 1), dtype), jnp.asarray(0 if rows else jnp.nan, dtype)
     axis = ClassAxis(0, settings.class_axis_name)
     classes = axis.size(arrays.linear_weight)
     kept, weights = weigh_rows(axis, classes, arrays.targets, arrays.weight, settings.ignore_index, dtype)
     # Where no row is kept the mean is NaN and its gradient 0; where all weights are 0, both are NaN.
     some, weighty = (settings.over_tokens(jnp.sum(mask)) > 0 for mask in (kept, weights != 0))
     divisor = jnp.where(weighty, settings.over_tokens(jnp.sum(weights)), jnp.nan)
-    return 1 / jnp.where(some, divisor, 1), jnp.where(some, 0, jnp.nan).astype(dtype)
+    return jnp.where(some, divisor, 1), jnp.where(some, 0, jnp.nan).astype(dtype)
 
 
 def _slab_losses(
@@ -176,8 +175,7 @@ def _slab_losses(
     )
     options = arrays.weight, smoothing, z_loss
     losses = losses_of_rows(settings.axis, logits, arrays.targets, *options, settings.ignore_index)
-    losses = jnp.where(real.reshape(real.size, *[1] * (losses.ndim - 1)), losses, 0)
-    return losses if arrays.scale is None else losses * arrays.scale
+    return jnp.where(real.reshape(real.size, *[1] * (losses.ndim - 1)), losses, 0)
 
 
 def _rows(settings: Settings, arrays: Arrays) -> Float[Array, "..."]:
@@ -190,12 +188,13 @@ def _rows(settings: Settings, arrays: Arrays) -> Float[Array, "..."]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _total(settings: Settings, arrays: Arrays) -> Float[Array, ""]:
-    """The sum of all rows' losses."""
+    """The sum of all rows' losses, over `arrays.divisor`."""
 
     def slab(total: Array, part: Arrays, real: Bool[Array, " tokens"]) -> tuple[Array, None]:
         return total + jnp.sum(_slab_losses(settings, part, project(part), real)), None
 
-    return scan(settings, slab, zeros((), arrays.inputs), arrays)[0]
+    total = scan(settings, slab, zeros((), arrays.inputs), arrays)[0]
+    return total if arrays.divisor is None else total / arrays.divisor
 
 
 @_total.defjvp
@@ -211,24 +210,29 @@ def _total_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[Arr
     parts = along(("inputs", "targets", "linear_weight", "linear_bias", "weight"))
     if settings.class_axis_name is not None:
         parts = lax.psum(parts, settings.class_axis_name)
-    return total, parts + along(SCALARS)
+    return total, parts + along((*SCALARS, "divisor"))
 
 
 def _total_and_gradients(settings: Settings, arrays: Arrays) -> tuple[Array, Arrays]:
-    """The sum of all losses and its gradients, three matrix products to a slab; None for what has no gradient."""
+    """The sum of all losses over the divisor and its gradients, three matrix products to a slab.
+
+    None for what has no gradient. They are divided in the slabs: XLA would keep them twice to do it afterwards.
+    """
     dtype = accumulator(arrays.inputs[:0]).dtype
     named = ((name, getattr(arrays, name)) for name in ("weight", *SCALARS))
     shared = {name: jnp.asarray(value).astype(dtype) for name, value in named if value is not None}
     matrix = arrays.matrix()
+    factor = 1 if arrays.divisor is None else 1 / arrays.divisor
 
     def slab(carry: tuple, part: Arrays, real: Bool[Array, " tokens"]) -> tuple[tuple, tuple]:
         total, dmatrix, dbias, dshared = carry
 
-        def loss(logits: Array, soft_targets: Array | None, shared: dict[str, Array]) -> Array:
+        def loss(logits: Array, soft_targets: Array | None, shared: dict[str, Array]) -> tuple[Array, Array]:
             known = {} if soft_targets is None else {"targets": soft_targets}
-            return jnp.sum(_slab_losses(settings, part._replace(**known, **shared), logits, real))
+            value = jnp.sum(_slab_losses(settings, part._replace(**known, **shared), logits, real))
+            return value * factor, value
 
-        value, (dlogits, dtargets, more) = jax.value_and_grad(loss, argnums=(0, 1, 2))(
+        (_, value), (dlogits, dtargets, more) = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(
             project(part), accumulator(part.targets) if arrays.soft else None, shared
         )
         flat = dlogits.reshape(real.size, matrix.shape[0])
@@ -248,11 +252,14 @@ def _total_and_gradients(settings: Settings, arrays: Arrays) -> tuple[Array, Arr
         {name: zeros(value.shape, arrays.inputs, value) for name, value in shared.items()},
     )
     (total, dmatrix, dbias, dshared), (dinputs, dtargets) = scan(settings, slab, start, arrays)
-    bias = arrays.linear_bias
+    bias, divisor = arrays.linear_bias, arrays.divisor
+    if divisor is not None:
+        total = total / divisor
     return total, Arrays(
         inputs=dinputs,
         targets=dtargets,
         linear_weight=dmatrix.reshape(arrays.linear_weight.shape),
         linear_bias=None if bias is None else dbias.reshape(bias.shape),
+        divisor=None if divisor is None else -total / divisor,
         **dshared,
     )

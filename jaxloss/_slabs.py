@@ -29,7 +29,7 @@ class Arrays(NamedTuple):
     z_loss: Float[Array, ""] | float | None = None
     logit_softcap: Float[Array, ""] | float | None = None
     temperature: Float[Array, ""] | float | None = None
-    scale: Float[Array, ""] | None = None  # of every loss
+    divisor: Float[Array, ""] | None = None  # of the sum of all losses
 
     @property
     def soft(self) -> bool:
@@ -56,7 +56,7 @@ class Arrays(NamedTuple):
         return self.linear_weight.reshape(math.prod(out), features)
 
 
-SCALARS = ("label_smoothing", "z_loss", "logit_softcap", "temperature", "scale")
+SCALARS = ("label_smoothing", "z_loss", "logit_softcap", "temperature")
 
 
 class Settings(NamedTuple):
