@@ -216,13 +216,15 @@ def _total_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[Arr
 def _total_and_gradients(settings: Settings, arrays: Arrays) -> tuple[Array, Arrays]:
     """The sum of all losses over the divisor and its gradients, three matrix products to a slab.
 
-    None for what has no gradient. They are divided in the slabs: XLA would keep them twice to do it afterwards.
+    None for what has no gradient. They are divided in the slabs, since XLA would keep them twice to do it afterwards;
+    but not in float16, whose range ends where a divided gradient of many classes begins.
     """
     dtype = accumulator(arrays.inputs[:0]).dtype
     named = ((name, getattr(arrays, name)) for name in ("weight", *SCALARS))
     shared = {name: jnp.asarray(value).astype(dtype) for name, value in named if value is not None}
     matrix = arrays.matrix()
     factor = 1 if arrays.divisor is None else 1 / arrays.divisor
+    late = arrays.inputs.dtype == jnp.float16
 
     def slab(carry: tuple, part: Arrays, real: Bool[Array, " tokens"]) -> tuple[tuple, tuple]:
         total, dmatrix, dbias, dshared = carry
@@ -230,7 +232,7 @@ def _total_and_gradients(settings: Settings, arrays: Arrays) -> tuple[Array, Arr
         def loss(logits: Array, soft_targets: Array | None, shared: dict[str, Array]) -> tuple[Array, Array]:
             known = {} if soft_targets is None else {"targets": soft_targets}
             value = jnp.sum(_slab_losses(settings, part._replace(**known, **shared), logits, real))
-            return value * factor, value
+            return value if late else value * factor, value
 
         (_, value), (dlogits, dtargets, more) = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(
             project(part), accumulator(part.targets) if arrays.soft else None, shared
@@ -255,11 +257,13 @@ def _total_and_gradients(settings: Settings, arrays: Arrays) -> tuple[Array, Arr
     bias, divisor = arrays.linear_bias, arrays.divisor
     if divisor is not None:
         total = total / divisor
-    return total, Arrays(
+    gradients = Arrays(
         inputs=dinputs,
         targets=dtargets,
         linear_weight=dmatrix.reshape(arrays.linear_weight.shape),
         linear_bias=None if bias is None else dbias.reshape(bias.shape),
-        divisor=None if divisor is None else -total / divisor,
         **dshared,
     )
+    if late:
+        gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
+    return total, gradients._replace(divisor=None if divisor is None else -total / divisor)

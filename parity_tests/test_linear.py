@@ -337,6 +337,15 @@ def test_lowers_for_cpu_gpu_and_tpu(function, dtype):
     assert len(exported.mlir_module()) > 1000
 
 
+def test_float16_gradients_of_many_tokens_and_classes_keep_their_digits():
+    rng = np.random.default_rng(0)
+    x, w = jnp.asarray(rng.normal(size=(4096, 8)), jnp.float16), jnp.asarray(rng.normal(size=(512, 8)), jnp.float32)
+    t = jnp.zeros(4096, jnp.int32)
+    found = jax.grad(lambda w: jaxloss.linear_cross_entropy(x, w, t, memory_budget=2**20))(w)
+    expected = jax.grad(lambda w: jaxloss.cross_entropy(x.astype(jnp.float32) @ w.T, t))(w)
+    assert relative_l2(found[1:], expected[1:]) < 1e-4
+
+
 @pytest.mark.parametrize(("inputs", "weight"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_inputs_and_weight_of_different_dtypes(inputs, weight):
     rng = np.random.default_rng(0)
