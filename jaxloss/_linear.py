@@ -217,7 +217,7 @@ def _total_and_gradients(settings: Settings, arrays: Arrays) -> tuple[Array, Arr
     """The sum of all losses over the divisor and its gradients, three matrix products to a slab.
 
     None for what has no gradient. They are divided in the slabs, since XLA would keep them twice to do it afterwards;
-    but not in float16, whose range ends where a divided gradient of many classes begins.
+    but not with float16 inputs: as an operand of the products a small divided gradient falls out of that range.
     """
     dtype = accumulator(arrays.inputs[:0]).dtype
     named = ((name, getattr(arrays, name)) for name in ("weight", *SCALARS))

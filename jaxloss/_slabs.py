@@ -10,11 +10,11 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num, Shaped
 
 from jaxloss import _checks
-from jaxloss._class_axis import ClassAxis, MeshAxes
+from jaxloss._class_axis import ClassAxis, MeshAxes, has_at_least
 from jaxloss._log_softmax import accumulator
 
 BUFFERS = 3  # of (tokens, classes) alive at once in XLA's schedule: logits, exponentials and gradient
-PIECE, MOST_PIECES = 2**21, 8  # elements of a product that are made at once, see `add_product`
+PIECE, MOST_PIECES = 2**21, 8  # elements of a product made at once, unless that takes more pieces: `add_product`
 
 
 class Arrays(NamedTuple):
@@ -101,7 +101,7 @@ def _vary(x: Shaped[Array, "..."], axes: frozenset[str]) -> Shaped[Array, "..."]
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def zeros(shape: tuple[int, ...], inputs: Array, *others: Array) -> Float[Array, "..."]:
+def zeros(shape: tuple[Any, ...], inputs: Array, *others: Array) -> Float[Array, "..."]:
     """Zeros in the accumulator's dtype that, inside `shard_map`, vary as these arrays together."""
     axes = frozenset[str]().union(*(_varying(x) for x in (inputs, *others)))
     return _vary(jnp.zeros(shape, accumulator(inputs[:0]).dtype), axes)
@@ -127,11 +127,11 @@ def add_product(
     CPU stores a product before it adds it: there it is one piece of the classes after the other, unless several devices
     may have split them.
     """
-    classes, features = total.shape
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1
-    pieces = min(classes * features // PIECE, MOST_PIECES, classes) if alone else 1
-    if pieces < 2:
+    if not alone or not has_at_least(2 * PIECE, total):
         return total + dot(a, b, ((0,), (0,)))
+    classes = total.shape[0]
+    pieces = min(total.size // PIECE, MOST_PIECES, classes)
     length, rest = divmod(classes, pieces)
 
     def add(start: Integer[ArrayLike, ""], length: int, total: Array) -> Array:

@@ -260,12 +260,24 @@ def test_a_gradient_made_in_pieces_is_that_of_the_whole(one_device, classes, pro
 
     def derivatives(loss):
         gradient = jax.grad(loss, (0, 1))
-        return gradient(x, w), jax.jvp(gradient, (x, w), (jnp.cos(x), jnp.cos(w)))[1]
+        forward = jax.jvp(gradient, (x, w), (jnp.cos(x), jnp.cos(w)))[1]
+        reverse = jax.grad(lambda x, w: sum(jnp.sum(jnp.sin(g)) for g in gradient(x, w)), (0, 1))(x, w)
+        return gradient(x, w), forward, reverse
 
     in_pieces = partial(jaxloss.linear_cross_entropy, targets=t, memory_budget=4 * 3 * 4 * classes)
     assert jax.jit(jax.grad(in_pieces, (0, 1))).lower(x, w).as_text().count("dot_general") == 2 + products
     ours, whole = derivatives(in_pieces), derivatives(lambda x, w: jaxloss.cross_entropy(x @ w.T, t))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), ours, whole)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_features_may_be_symbolic_on_one_device():
+    (features,) = export.symbolic_shape("f")
+    shapes = [jax.ShapeDtypeStruct((rows, features), jnp.float32) for rows in (64, 100)]
+    step = jax.jit(jax.value_and_grad(jaxloss.linear_cross_entropy, (0, 1)))
+    exported = export.export(step)(*shapes, jax.ShapeDtypeStruct((64,), jnp.int32))
+    x, w, t = jnp.ones((64, 3)), jnp.ones((100, 3)), jnp.zeros(64, jnp.int32)
+    np.testing.assert_allclose(exported.call(x, w, t)[0], np.log(100), rtol=1e-6)
 
 
 def test_default_budget_is_larger_where_products_are_to_be_large(monkeypatch):
