@@ -301,8 +301,10 @@ def positive(name: str, argument: str, value: Any) -> Any:
     return checked
 
 
-def budget(name: str, memory_budget: Any) -> int:
-    """A positive number of bytes."""
+def budget(name: str, memory_budget: Any) -> int | None:
+    """A positive number of bytes, or None."""
+    if memory_budget is None:
+        return None
     if integer(name, "memory_budget", memory_budget) <= 0:
         raise ValueError(f"{name}: memory_budget must be a positive number of bytes, got {memory_budget}.")
     return int(memory_budget)

@@ -22,7 +22,6 @@ from jaxloss._slabs import (
     Arrays,
     Settings,
     add_product,
-    default_budget,
     dot,
     project,
     scan,
@@ -72,7 +71,7 @@ def linear_cross_entropy(
         logit_softcap: c > 0 replaces each logit z by c · tanh(z / c); may be a traced scalar. None leaves them.
         class_axis_name: inside `jax.shard_map`, the mesh axis that splits the classes; see `cross_entropy`.
         memory_budget: bytes that the (tokens, classes) buffers alive at once may take; a slab holds at least one token.
-            None: 96 MiB on CPU, 1 GiB on other backends.
+            None: on CPU 128 MiB or what 128 tokens take, if that is more; 1 GiB on other backends.
         dtype: of the result; None keeps the dtype of `inputs` (for probabilities, of `inputs` and `targets` promoted).
 
     Returns:
@@ -120,10 +119,9 @@ def linear_cross_entropy(
         z_loss=_checks.fraction(name, "z_loss", z_loss, upper=math.inf),
         logit_softcap=_checks.positive(name, "logit_softcap", logit_softcap),
     )
-    budget = default_budget() if memory_budget is None else _checks.budget(name, memory_budget)
     return _linear_cross_entropy(
         arrays,
-        settings=Settings(ignore_index, budget, class_axis_name),
+        settings=Settings(ignore_index, _checks.budget(name, memory_budget), class_axis_name),
         reduction=_checks.reduction(name, reduction),
         dtype=_checks.result_dtype(name, dtype, inputs, targets),
     )
@@ -179,7 +177,6 @@ def _slab_losses(
 
 
 def _rows(settings: Settings, arrays: Arrays) -> Float[Array, "..."]:
-    @jax.checkpoint
     def slab(_: None, part: Arrays, real: Bool[Array, " tokens"]) -> tuple[None, Float[Array, "..."]]:
         return None, _slab_losses(settings, part, project(part), real)
 

@@ -11,7 +11,7 @@ from jaxloss import _checks
 from jaxloss._cross_entropy import losses_of_rows
 from jaxloss._explicit_mesh import on_shards
 from jaxloss._log_probs import entropy
-from jaxloss._slabs import Arrays, Settings, default_budget, project, scan, soft_cap, varying_alike
+from jaxloss._slabs import Arrays, Settings, project, scan, soft_cap, varying_alike
 
 
 class LinearLogProb(NamedTuple):
@@ -57,8 +57,8 @@ def linear_log_prob(
         logit_softcap: c > 0 replaces each logit z by c · tanh(z / c), before the temperature; may be a traced scalar.
         temperature: T > 0, divides the logits; may be a traced scalar. None is 1.
         class_axis_name: inside `jax.shard_map`, the mesh axis that splits the classes; see `cross_entropy`.
-        memory_budget: bytes that the (tokens, classes) buffers alive at once may take. None: 96 MiB on
-            CPU, 1 GiB on other backends.
+        memory_budget: bytes that the (tokens, classes) buffers alive at once may take; see
+            `linear_cross_entropy`.
 
     Returns:
         `LinearLogProb(log_prob, entropy, argmax)`. The first two are differentiable in every array, and in float32 (in
@@ -99,7 +99,7 @@ def linear_log_prob(
         logit_softcap=_checks.positive(name, "logit_softcap", logit_softcap),
         temperature=_checks.positive(name, "temperature", temperature),
     )
-    budget = default_budget() if memory_budget is None else _checks.budget(name, memory_budget)
+    budget = _checks.budget(name, memory_budget)
     return _linear_log_prob(arrays, settings=Settings(int(ignore_index), budget, class_axis_name))
 
 
@@ -113,7 +113,6 @@ def _linear_log_prob(arrays: Arrays, *, settings: Settings) -> LinearLogProb:
     return on_shards(local, settings, arrays, by_token=True)
 
 
-@partial(jax.checkpoint, static_argnums=0)
 def _slab(settings: Settings, _: None, part: Arrays, real: Bool[Array, " tokens"]) -> tuple[None, LinearLogProb]:
     logits = soft_cap(project(part), part.logit_softcap)
     logits = logits if part.temperature is None else logits / part.temperature

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,6 @@ from jaxloss import _checks
 from jaxloss._class_axis import ClassAxis, MeshAxes, has_at_least
 from jaxloss._log_softmax import accumulator
 
-BUFFERS = 3  # of (tokens, classes) alive at once in XLA's schedule: logits, exponentials and gradient
 PIECE, MOST_PIECES = 2**21, 8  # elements of a product made at once, unless that takes more pieces: `add_product`
 
 
@@ -63,7 +63,7 @@ class Settings(NamedTuple):
     """What the compiled program depends on."""
 
     ignore_index: int
-    memory_budget: int
+    memory_budget: int | None
     class_axis_name: MeshAxes | None
     token_axis_names: tuple[str, ...] = ()
 
@@ -75,11 +75,6 @@ class Settings(NamedTuple):
     def over_tokens(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """Sum over the shards of the tokens."""
         return lax.psum(x, self.token_axis_names) if self.token_axis_names else x
-
-
-def default_budget() -> int:
-    """96 MiB on CPU, where slabs are to stay near the caches; 1 GiB elsewhere, where products are to be large."""
-    return 96 * 2**20 if jax.default_backend() == "cpu" else 2**30
 
 
 def varying_alike(settings: Settings, arrays: Arrays) -> Arrays:
@@ -167,6 +162,9 @@ def scan(settings: Settings, step: Step, start: Any, arrays: Arrays) -> tuple[An
     def join(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         return jnp.moveaxis(x, 0, 1).reshape(size * slabs, *x.shape[2:])[:tokens]
 
+    # Or differentiating keeps what a slab computes, and makes the zeros that its gradient is added to once for all
+    # slabs, in memory: one more array of a slab's size to hold and to read.
+    @partial(jax.checkpoint, prevent_cse=False)
     def body(carry: Any, xs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         inputs, targets, slab = xs
         return step(carry, arrays._replace(inputs=inputs, targets=targets), jnp.arange(size) * slabs + slab < tokens)
@@ -176,11 +174,19 @@ def scan(settings: Settings, step: Step, start: Any, arrays: Arrays) -> tuple[An
     return carry, jax.tree.map(join, outputs)
 
 
-def _tokens_within(budget: int, arrays: Arrays) -> int:
-    """Tokens whose (tokens, classes) buffers fit in the budget; at least one."""
+def _tokens_within(budget: int | None, arrays: Arrays) -> int:
+    """Tokens whose (tokens, classes) buffers fit in the budget; at least one.
+
+    By default on CPU 128 MiB, but as many tokens: each slab reads and writes the weight's whole gradient, which for
+    fewer takes longer than the products. 1 GiB elsewhere, where products are to be large.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    buffers = 2 if on_cpu else 3  # of logits, exponentials and gradient: what XLA holds at once
     itemsize = _checks.promote(arrays.inputs.dtype, jnp.float32).itemsize
-    bytes_per_token = BUFFERS * itemsize * math.prod(arrays.linear_weight.shape[:-1])
-    return max(1, budget // max(bytes_per_token, 1))
+    bytes_per_token = max(1, buffers * itemsize * math.prod(arrays.linear_weight.shape[:-1]))
+    if budget is None and on_cpu:
+        return max(128, 128 * 2**20 // bytes_per_token)
+    return max(1, (budget or 2**30) // bytes_per_token)
 
 
 def slab_shape(tokens: int, most: int) -> tuple[int, int]:

@@ -248,7 +248,7 @@ def one_device(monkeypatch):
 @pytest.mark.usefixtures("one_device")
 def test_temporaries_on_one_device_stay_near_the_budget_whatever_the_classes():
     ours = value_and_grad(512, 256, 131072).compile().memory_analysis().temp_size_in_bytes
-    assert ours <= 1.1 * _slabs.default_budget()
+    assert ours <= 1.1 * 128 * 2**20
 
 
 @pytest.mark.parametrize(("classes", "products"), [(101, 2), (128, 1)], ids=["with a rest", "even"])
@@ -264,7 +264,7 @@ def test_a_gradient_made_in_pieces_is_that_of_the_whole(one_device, classes, pro
         reverse = jax.grad(lambda x, w: sum(jnp.sum(jnp.sin(g)) for g in gradient(x, w)), (0, 1))(x, w)
         return gradient(x, w), forward, reverse
 
-    in_pieces = partial(jaxloss.linear_cross_entropy, targets=t, memory_budget=4 * 3 * 4 * classes)
+    in_pieces = partial(jaxloss.linear_cross_entropy, targets=t, memory_budget=4 * 2 * 4 * classes)
     assert jax.jit(jax.grad(in_pieces, (0, 1))).lower(x, w).as_text().count("dot_general") == 2 + products
     ours, whole = derivatives(in_pieces), derivatives(lambda x, w: jaxloss.cross_entropy(x @ w.T, t))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), ours, whole)
@@ -280,18 +280,17 @@ def test_features_may_be_symbolic_on_one_device():
     np.testing.assert_allclose(exported.call(x, w, t)[0], np.log(100), rtol=1e-6)
 
 
-def test_default_budget_is_larger_where_products_are_to_be_large(monkeypatch):
-    tokens, features, classes = 8192, 8, 50_000
-
-    def logits_of_a_slab() -> int:
-        text = jax.jit(jax.grad(jaxloss.linear_cross_entropy)).lower(*shapes, targets).as_text()
-        return max(int(n) for n in re.findall(rf"-> tensor<(\d+)x{classes}xf32>", text))
-
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, features), (classes, features))]
-    targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-    assert logits_of_a_slab() == 128
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert logits_of_a_slab() == 1024
+@pytest.mark.parametrize(
+    ("backend", "classes", "expected"), [("cpu", 50_000, 256), ("cpu", 10**6, 128), ("gpu", 50_000, 1024)]
+)
+def test_default_slabs_are_large_enough_for_the_products(monkeypatch, backend, classes, expected):
+    jax.clear_caches()
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8192, 8), (classes, 8))]
+    step = jax.jit(jax.grad(jaxloss.linear_cross_entropy))
+    text = step.lower(*shapes, jax.ShapeDtypeStruct((8192,), jnp.int32)).as_text()
+    assert max(int(n) for n in re.findall(rf"-> tensor<(\d+)x{classes}xf32>", text)) == expected
+    jax.clear_caches()
 
 
 def test_tracing_at_a_billion_tokens_and_a_million_classes_allocates_nothing():
@@ -301,7 +300,7 @@ def test_tracing_at_a_billion_tokens_and_a_million_classes_allocates_nothing():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_slab_costs_three_matrix_products_of_the_inputs_dtype_and_one_forward(dtype):
-    text = value_and_grad(64, 8, 32, dtype, memory_budget=16 * 3 * 4 * 32).as_text()
+    text = value_and_grad(64, 8, 32, dtype, memory_budget=16 * 2 * 4 * 32).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert len(products) == 3
     name = {jnp.float32: "f32", jnp.bfloat16: "bf16"}[dtype]
@@ -316,7 +315,7 @@ def test_a_slab_costs_three_matrix_products_of_the_inputs_dtype_and_one_forward(
 
 def test_no_buffer_has_all_logits_and_nothing_scatters_into_classes():
     tokens, features, classes = 64, 8, 96
-    text = value_and_grad(tokens, features, classes, memory_budget=16 * 3 * 4 * classes).compile().as_text()
+    text = value_and_grad(tokens, features, classes, memory_budget=16 * 2 * 4 * classes).compile().as_text()
     assert re.search(r"\[16,96\]", text), "the slabs"
     sizes = [int(np.prod([int(n) for n in shape.split(",")])) for shape in re.findall(r"f32\[([\d,]+)\]", text)]
     assert max(sizes) == 16 * classes

@@ -17,7 +17,7 @@ from parity_tests.hlo import gathered_sizes
 
 ROOT = Path(__file__).parents[1]
 TOKENS, FEATURES, CLASSES = 32, 8, 128
-PER_TOKEN = 3 * 4 * CLASSES  # bytes of a slab's buffers where nothing is split
+PER_TOKEN = 2 * 4 * CLASSES  # bytes of a slab's buffers where nothing is split
 EVERY = (0, 1, 2, 3)
 SPLITS = {"tokens": (("d", "m"), None), "classes": (None, ("d", "m")), "both": ("d", "m")}
 

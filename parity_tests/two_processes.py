@@ -29,7 +29,7 @@ def draw() -> list[np.ndarray]:
 
 def loss(x, w, b, c, t) -> jax.Array:
     """Every option at once, in slabs."""
-    options = {"label_smoothing": 0.1, "z_loss": 0.01, "memory_budget": 4 * 3 * 4 * CLASSES}
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "memory_budget": 4 * 2 * 4 * CLASSES}
     return jaxloss.linear_cross_entropy(x, w, t, linear_bias=b, weight=c, **options)
 
 
