@@ -27,7 +27,9 @@ import torch
 
 Calls = dict[str, Callable[[], Any]]
 Times = Mapping[str, Mapping[str, float]]  # by implementation: q1, median, q3
-WARM_UP, TIMED, LONG = 0.02, 5, 0.1  # a turn: seconds of untimed calls, then so many timed ones within so many seconds
+# A turn: seconds of untimed calls, then so many timed ones; more of short calls, to fill so many seconds, and fewer of
+# long ones, within so many.
+WARM_UP, TIMED, FILLED, LONG = 0.02, 5, 0.01, 0.1
 # Fresh pages for every array from 16 MiB on, as glibc has it by default from 32 MiB on, and for none below.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(16 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 PLATFORM = jax.default_backend()
@@ -97,18 +99,25 @@ def _as_numpy(results: Iterable[Any]) -> list[np.ndarray]:
 
 
 def timings(calls: Calls, turns: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, all interleaved; a call that is long has fewer."""
+    """Milliseconds of each call, all interleaved.
+
+    How many an implementation has in a turn is settled in its first one: fast turns are not to count for more.
+    """
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
+    counts: dict[str, int] = {}
     order = list(calls)
     for _ in range(turns):
         random.shuffle(order)
         for name in order:
-            until = time.perf_counter() + WARM_UP
-            while time.perf_counter() < until:
+            warm = 0
+            start = time.perf_counter()
+            while time.perf_counter() < start + WARM_UP:
                 calls[name]()
                 wait()
+                warm += 1
+            counts.setdefault(name, max(TIMED, round(warm * FILLED / WARM_UP)))
             until = time.perf_counter() + LONG
-            for number in range(TIMED):
+            for number in range(counts[name]):
                 start = time.perf_counter()
                 if number and start > until:
                     break

@@ -177,7 +177,7 @@ def scan(settings: Settings, step: Step, start: Any, arrays: Arrays) -> tuple[An
 def _tokens_within(budget: int | None, arrays: Arrays) -> int:
     """Tokens whose (tokens, classes) buffers fit in the budget; at least one.
 
-    By default on CPU 128 MiB, but as many tokens: each slab reads and writes the weight's whole gradient, which for
+    By default on CPU 128 MiB, but at least 128 tokens: each slab reads and writes the weight's whole gradient, which for
     fewer takes longer than the products. 1 GiB elsewhere, where products are to be large.
     """
     on_cpu = jax.default_backend() == "cpu"
