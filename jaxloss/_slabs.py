@@ -177,8 +177,8 @@ def scan(settings: Settings, step: Step, start: Any, arrays: Arrays) -> tuple[An
 def _tokens_within(budget: int | None, arrays: Arrays) -> int:
     """Tokens whose (tokens, classes) buffers fit in the budget; at least one.
 
-    By default on CPU 128 MiB, but at least 128 tokens: each slab reads and writes the weight's whole gradient, which for
-    fewer takes longer than the products. 1 GiB elsewhere, where products are to be large.
+    By default on CPU 128 MiB, but at least 128 tokens: each slab reads and writes the weight's whole gradient, which
+    takes longer than the products of fewer. 1 GiB elsewhere, where products are to be large.
     """
     on_cpu = jax.default_backend() == "cpu"
     buffers = 2 if on_cpu else 3  # of logits, exponentials and gradient: what XLA holds at once
