@@ -36,8 +36,8 @@ class Options:
     quick: bool = False
     """Everything once, in seconds, to see that it runs: a few small shapes. Its figures are rough."""
     turns: int | None = None
-    """Turns of each implementation and case, of five timed calls each (fewer where a call takes long). By default 40,
-    quick 2. Three processes share those of the losses on CPU."""
+    """Turns of each implementation and case. A turn's figure is the median of five timed calls, of more short ones and
+    of fewer long ones. By default 40, quick 2. Three processes share those of the losses on CPU."""
     json: Annotated[Path | None, arg(metavar="DIR")] = None
     """Also write SUITE-PLATFORM.json into this folder, such as losses-cpu.json."""
     plot: Annotated[Path | None, arg(metavar="DIR")] = None

@@ -28,7 +28,7 @@ import torch
 Calls = dict[str, Callable[[], Any]]
 Times = Mapping[str, Mapping[str, float]]  # by implementation: q1, median, q3
 # A turn: seconds of untimed calls, then so many timed ones; more of short calls, to fill so many seconds, and fewer of
-# long ones, within so many.
+# long ones, begun within so many.
 WARM_UP, TIMED, FILLED, LONG = 0.02, 5, 0.01, 0.1
 # Fresh pages for every array from 16 MiB on, as glibc has it by default from 32 MiB on, and for none below.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(16 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
@@ -99,34 +99,31 @@ def _as_numpy(results: Iterable[Any]) -> list[np.ndarray]:
 
 
 def timings(calls: Calls, turns: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, all interleaved.
-
-    How many an implementation has in a turn is settled in its first one: fast turns are not to count for more.
-    """
+    """Milliseconds of a call in each turn, the median of those timed; the implementations' turns are interleaved."""
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
-    counts: dict[str, int] = {}
     order = list(calls)
     for _ in range(turns):
         random.shuffle(order)
         for name in order:
-            warm = 0
-            start = time.perf_counter()
-            while time.perf_counter() < start + WARM_UP:
-                calls[name]()
-                wait()
-                warm += 1
-            counts.setdefault(name, max(TIMED, round(warm * FILLED / WARM_UP)))
-            until = time.perf_counter() + LONG
-            for number in range(counts[name]):
-                start = time.perf_counter()
-                if number and start > until:
-                    break
-                result = calls[name]()
-                wait()
-                elapsed = time.perf_counter() - start
-                del result
-                milliseconds[name].append(1e3 * elapsed)
+            milliseconds[name].append(1e3 * statistics.median(_turn(calls[name])))
     return milliseconds
+
+
+def _turn(call: Callable[[], Any]) -> list[float]:
+    """Seconds of each call."""
+    until = time.perf_counter() + WARM_UP
+    while time.perf_counter() < until:
+        call()
+        wait()
+    seconds: list[float] = []
+    began = start = time.perf_counter()
+    while not seconds or start < began + (LONG if len(seconds) < TIMED else FILLED):
+        result = call()
+        wait()
+        seconds.append(time.perf_counter() - start)
+        del result
+        start = time.perf_counter()
+    return seconds
 
 
 def quartiles(times: list[float]) -> dict[str, float]:

@@ -70,8 +70,9 @@ def linear_cross_entropy(
         z_loss: k ≥ 0; may be a traced scalar.
         logit_softcap: c > 0 replaces each logit z by c · tanh(z / c); may be a traced scalar. None leaves them.
         class_axis_name: inside `jax.shard_map`, the mesh axis that splits the classes; see `cross_entropy`.
-        memory_budget: bytes that the (tokens, classes) buffers alive at once may take; a slab holds at least one token.
-            None: on CPU 128 MiB or what 128 tokens take, if that is more; 1 GiB on other backends.
+        memory_budget: bytes that a slab's logits, exponentials and gradient may take (`logit_softcap` and probability
+            targets take more); a slab holds at least one token. None: on CPU 128 MiB or what 128 tokens take, if that
+            is more; 1 GiB on other backends.
         dtype: of the result; None keeps the dtype of `inputs` (for probabilities, of `inputs` and `targets` promoted).
 
     Returns:

@@ -57,8 +57,7 @@ def linear_log_prob(
         logit_softcap: c > 0 replaces each logit z by c · tanh(z / c), before the temperature; may be a traced scalar.
         temperature: T > 0, divides the logits; may be a traced scalar. None is 1.
         class_axis_name: inside `jax.shard_map`, the mesh axis that splits the classes; see `cross_entropy`.
-        memory_budget: bytes that the (tokens, classes) buffers alive at once may take; see
-            `linear_cross_entropy`.
+        memory_budget: bytes that a slab's logits, exponentials and gradient may take; see `linear_cross_entropy`.
 
     Returns:
         `LinearLogProb(log_prob, entropy, argmax)`. The first two are differentiable in every array, and in float32 (in

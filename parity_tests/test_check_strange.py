@@ -450,6 +450,13 @@ def test_report_without_findings_or_with_a_fault_not_caught_is_not_ok():
     assert not parity.Report([], controls=(3, 3)).ok
 
 
+def test_a_line_names_six_of_the_tensors_that_failed_at_a_place():
+    findings = [Finding("step 1", f"{layer}.bias", "float64", 1.0, 1e-12) for layer in range(9)]
+    line = "FAIL step 1: 0.bias, 1.bias, 2.bias, 3.bias, 4.bias, 5.bias and 3 more; worst"
+    assert line in str(parity.Report(findings))
+    assert "5.bias; worst" in str(parity.Report(findings[:6]))
+
+
 @pytest.mark.parametrize("dtypes", ["float32", ["float99"]])
 def test_unknown_dtypes_are_refused_at_once(dtypes):
     original, port = nn.Linear(4, 3), nnx.Linear(4, 3, rngs=nnx.Rngs(0))
@@ -523,3 +530,37 @@ def test_a_pool_of_one_image_without_a_batch_has_its_reason_too():
     port = parity.load_torch(FlaxUnbatched(), original.state_dict())
     report = parity.check(original, port, torch.randn(1, 2, 4, 4), losses=None, steps=0, dtypes=["float64"])
     assert "pads SAME" in report.first_divergence.diagnosis
+
+
+@pytest.mark.parametrize(
+    ("original", "layer", "says"),
+    [
+        (
+            lambda: nn.GroupNorm(2, 8),
+            lambda rngs: nnx.GroupNorm(8, num_groups=None, group_size=2, epsilon=1e-5, rngs=rngs),
+            "has 4 groups of channels, PyTorch 2.",
+        ),
+        (
+            lambda: nn.GroupNorm(2, 8),
+            lambda rngs: nnx.GroupNorm(8, num_groups=8, rngs=rngs),
+            "has 8 groups of channels, PyTorch 2, and another epsilon",
+        ),
+        (
+            lambda: nn.Conv2d(8, 8, 3, padding=2, dilation=2),
+            lambda rngs: nnx.Conv(8, 8, (3, 3), rngs=rngs),
+            "pads SAME and does not dilate, PyTorch by (2, 2)",
+        ),
+    ],
+    ids=["groups", "groups and epsilon", "dilation"],
+)
+def test_other_arguments_of_a_layer_are_named(original, layer, says):
+    torch.manual_seed(0)
+    module = nn.Sequential(randomise(original()), nn.Flatten(), nn.Linear(8 * 25, 3))
+    rngs = nnx.Rngs(0)
+    port = nnx.Sequential(
+        layer(rngs), lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), -1), nnx.Linear(200, 3, rngs=rngs)
+    )
+    port = parity.load_torch(port, module.state_dict(), flatten={})
+    report = parity.check(module, port, torch.randn(4, 8, 5, 5), losses=None, steps=0, dtypes=["float64"])
+    assert report.first_divergence.place == "0"
+    assert says in report.first_divergence.diagnosis

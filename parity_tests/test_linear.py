@@ -237,12 +237,18 @@ def test_default_budget_takes_an_eighth_of_the_materialised_temporaries():
 
 
 @pytest.fixture
-def one_device(monkeypatch):
+def no_traces_kept():
+    """From or for other tests."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def one_device(monkeypatch, no_traces_kept):
     """As on a machine with one CPU device, where nothing can have split the classes."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    jax.clear_caches()
-    yield monkeypatch
-    jax.clear_caches()
+    return monkeypatch
 
 
 @pytest.mark.usefixtures("one_device")
@@ -280,17 +286,16 @@ def test_features_may_be_symbolic_on_one_device():
     np.testing.assert_allclose(exported.call(x, w, t)[0], np.log(100), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("no_traces_kept")
 @pytest.mark.parametrize(
     ("backend", "classes", "expected"), [("cpu", 50_000, 256), ("cpu", 10**6, 128), ("gpu", 50_000, 1024)]
 )
 def test_default_slabs_are_large_enough_for_the_products(monkeypatch, backend, classes, expected):
-    jax.clear_caches()
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8192, 8), (classes, 8))]
     step = jax.jit(jax.grad(jaxloss.linear_cross_entropy))
     text = step.lower(*shapes, jax.ShapeDtypeStruct((8192,), jnp.int32)).as_text()
     assert max(int(n) for n in re.findall(rf"-> tensor<(\d+)x{classes}xf32>", text)) == expected
-    jax.clear_caches()
 
 
 def test_tracing_at_a_billion_tokens_and_a_million_classes_allocates_nothing():
@@ -321,6 +326,15 @@ def test_no_buffer_has_all_logits_and_nothing_scatters_into_classes():
     assert max(sizes) == 16 * classes
     scattered = re.findall(r"= \w+\[([\d,]+)\]\S* scatter\(", text)
     assert set(scattered) == {"16,96"}, "one element to a token of a slab's logits, none of weight or bias"
+
+
+def test_no_array_of_a_slabs_logits_enters_the_loop_over_slabs():
+    classes = 4096
+    text = value_and_grad(64, 8, classes, memory_budget=16 * 2 * 4 * classes).as_text()
+    assert f"tensor<16x{classes}xf32>" in text
+    (loop,) = (line for line in text.splitlines() if "stablehlo.while" in line)
+    assert f"{classes}x8xf32" in loop
+    assert f"16x{classes}xf32" not in loop
 
 
 def test_forward_over_reverse_stays_within_the_slabs():

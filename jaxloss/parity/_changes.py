@@ -86,18 +86,21 @@ def _conv(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     given = dict(zip(names, args, strict=False)) | kwargs
     x, weight, axes = given["input"], given["weight"], given["weight"].ndim - 2
-    padding = given.get("padding", 0)
+    padding, dilation = given.get("padding", 0), given.get("dilation", 1)
 
     def again(**other: Any) -> Callable[[], Tensor]:
         return lambda: function(**{**given, **other})
 
-    def same() -> Tensor:
-        steps, wide = ([_at(given.get(name, 1), axis) for axis in range(axes)] for name in ("stride", "dilation"))
+    def same(dilation: Any = dilation) -> Tensor:
+        steps, wide = ([_at(value, axis) for axis in range(axes)] for value in (given.get("stride", 1), dilation))
         kernel = [wide[axis] * (weight.shape[2 + axis] - 1) + 1 for axis in range(axes)]
-        return function(**{**given, "input": F.pad(x, _same(x, kernel, steps)), "padding": 0})
+        return again(input=F.pad(x, _same(x, kernel, steps)), padding=0, dilation=dilation)()
 
     fix = f"pass padding={padding} to the Flax layer: its default is SAME, PyTorch's is 0"
     yield Change(f"the port pads SAME, PyTorch {padding}", fix, same)
+    if any(_at(dilation, axis) > 1 for axis in range(axes)):
+        fix = f"pass padding={padding} and kernel_dilation={dilation}"
+        yield Change(f"the port pads SAME and does not dilate, PyTorch by {dilation}", fix, lambda: same(dilation=1))
     yield Change(f"the port pads nothing, PyTorch {padding}", f"pass padding={padding}", again(padding=0))
     if not isinstance(padding, str) and any(_at(padding, axis) for axis in range(axes)):
         pads = [_at(padding, axis) for axis in reversed(range(axes)) for _ in (0, 1)]
@@ -150,6 +153,13 @@ def _norm(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
     eps = given.get("eps", 1e-5)
     for other in (1e-3, 1e-5, 1e-6, 1e-8, 1e-12, 0.0):
         yield Change(f"the port's epsilon is {other:g}, PyTorch's {eps:g}", f"pass epsilon={eps:g}", again(eps=other))
+    if (groups := given.get("num_groups")) is not None:
+        channels = given["input"].shape[1]
+        fix = f"pass num_groups={groups}, no group_size and epsilon={eps:g} to nnx.GroupNorm"
+        for other in (n for n in range(1, channels + 1) if channels % n == 0 and n != groups):
+            meaning = f"the port has {other} groups of channels, PyTorch {groups}"
+            yield Change(meaning, fix, again(num_groups=other))
+            yield Change(f"{meaning}, and another epsilon", fix, again(num_groups=other, eps=1e-6))
     if "training" in given:
         which = "running statistics", "those of the batch"
         ours, theirs = which if given["training"] else which[::-1]

@@ -14,6 +14,8 @@ from rich.tree import Tree
 from jaxloss.parity._background import Background
 from jaxloss.parity._findings import Finding
 
+NAMED = 6  # tensors of a place that a line names
+
 
 @dataclass
 class Report:
@@ -173,5 +175,7 @@ def _mark(findings: Sequence[Finding]) -> str:
 def _summary(findings: Sequence[Finding]) -> str:
     worst = max(findings, key=lambda finding: (not finding.ok, finding.ratio))
     failed = [f.quantity for f in findings if not f.ok]
-    what = ", ".join(dict.fromkeys(failed)) if failed else f"{len(findings)} tensors"
+    names = list(dict.fromkeys(failed))
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    what = ", ".join(names[:NAMED]) + more if failed else f"{len(findings)} tensors"
     return f"{what}; worst {worst.error:.1e} of {worst.bound:.1e} allowed ({worst.quantity}, {worst.dtype})"
