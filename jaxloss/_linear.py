@@ -83,8 +83,8 @@ def linear_cross_entropy(
         TypeError: arrays that are not floating, or targets of the wrong kind.
         IndexError: concrete targets out of range; under jit such a row's loss is NaN.
 
-    Edge values: those of `cross_entropy`. Reverse mode of reverse mode may store (tokens, classes) arrays; second
-    derivatives in forward-over-reverse mode (`jax.jvp` of `jax.grad`) stay within the slabs.
+    Edge values: those of `cross_entropy`. Second derivatives stay within the slabs too, in forward-over-reverse mode
+    (`jax.jvp` of `jax.grad`) and in reverse over reverse.
 
     Sharding: split the tokens, the classes or both over an Auto or Explicit mesh and call it under jit, or use it in
     `jax.shard_map`: with `class_axis_name` where that splits the classes, and with a global sum and count where it

@@ -162,15 +162,16 @@ def scan(settings: Settings, step: Step, start: Any, arrays: Arrays) -> tuple[An
     def join(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         return jnp.moveaxis(x, 0, 1).reshape(size * slabs, *x.shape[2:])[:tokens]
 
-    # Or differentiating keeps what a slab computes, and makes the zeros that its gradient is added to once for all
-    # slabs, in memory: one more array of a slab's size to hold and to read.
-    @partial(jax.checkpoint, prevent_cse=False)
     def body(carry: Any, xs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         inputs, targets, slab = xs
         return step(carry, arrays._replace(inputs=inputs, targets=targets), jnp.arange(size) * slabs + slab < tokens)
 
+    # A gradient keeps nothing of a slab but its arguments then, and the zeros that a slab's gradient is added to are
+    # not made once for all slabs, in memory. Twice, for a gradient's gradient: the first takes one of them off.
+    checkpoint = partial(jax.checkpoint, prevent_cse=False)
     targets = cut(arrays.targets, 0 if arrays.soft else settings.ignore_index)
-    carry, outputs = lax.scan(body, start, (cut(arrays.inputs), targets, jnp.arange(slabs)))
+    xs = cut(arrays.inputs), targets, jnp.arange(slabs)
+    carry, outputs = lax.scan(checkpoint(checkpoint(body)), start, xs)
     return carry, jax.tree.map(join, outputs)
 
 

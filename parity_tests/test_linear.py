@@ -337,12 +337,19 @@ def test_no_array_of_a_slabs_logits_enters_the_loop_over_slabs():
     assert f"16x{classes}xf32" not in loop
 
 
-def test_forward_over_reverse_stays_within_the_slabs():
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward over reverse", "reverse over reverse"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_stay_within_the_slabs(reduction, reverse):
     tokens, features, classes = 1024, 32, 16384
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, features), (classes, features))]
 
     def hvp(x, w, t):
-        gradient = jax.grad(lambda x, w: jaxloss.linear_cross_entropy(x, w, t, memory_budget=2**21), (0, 1))
+        def loss(x, w):
+            return jnp.sum(jaxloss.linear_cross_entropy(x, w, t, reduction=reduction, memory_budget=2**21) ** 2)
+
+        gradient = jax.grad(loss, (0, 1))
+        if reverse:
+            return jax.grad(lambda x, w: sum(jnp.vdot(g, jnp.cos(g)) for g in gradient(x, w)), (0, 1))(x, w)
         return jax.jvp(gradient, (x, w), (jnp.cos(x), jnp.cos(w)))
 
     compiled = jax.jit(hvp).lower(*shapes, jax.ShapeDtypeStruct((tokens,), jnp.int32)).compile()
