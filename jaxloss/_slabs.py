@@ -115,15 +115,19 @@ def dot(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> Fl
 
 
 def add_product(
-    total: Float[Array, "classes features"], a: Float[Array, "tokens classes"], b: Float[Array, "tokens features"]
+    total: Float[Array, "classes features"],
+    a: Float[Array, "tokens classes"],
+    b: Float[Array, "tokens features"],
+    *,
+    of_zeros: bool,
 ) -> Float[Array, "classes features"]:
     """The sum of `total` and aᵀ b.
 
-    CPU stores a product before it adds it: there it is one piece of the classes after the other, unless several devices
-    may have split them.
+    CPU stores a product before it adds it, unless it adds it to zeros: there it is one piece of the classes after the
+    other, unless several devices may have split them.
     """
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1
-    if not alone or not has_at_least(2 * PIECE, total):
+    if of_zeros or not alone or not has_at_least(2 * PIECE, total):
         return total + dot(a, b, ((0,), (0,)))
     classes = total.shape[0]
     pieces = min(total.size // PIECE, MOST_PIECES, classes)

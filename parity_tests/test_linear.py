@@ -257,6 +257,13 @@ def test_temporaries_on_one_device_stay_near_the_budget_whatever_the_classes():
     assert ours <= 1.1 * 128 * 2**20
 
 
+@pytest.mark.usefixtures("one_device")
+def test_a_single_slab_holds_what_all_logits_take():
+    tokens, features, classes = 128, 256, 16384
+    ours = value_and_grad(tokens, features, classes).compile().memory_analysis().temp_size_in_bytes
+    assert ours <= 1.05 * 4 * tokens * classes
+
+
 @pytest.mark.parametrize(("classes", "products"), [(101, 2), (128, 1)], ids=["with a rest", "even"])
 def test_a_gradient_made_in_pieces_is_that_of_the_whole(one_device, classes, products):
     one_device.setattr(_slabs, "PIECE", 8 * 15)
