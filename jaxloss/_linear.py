@@ -239,7 +239,7 @@ def _total_and_gradients(settings: Settings, arrays: Arrays) -> tuple[Array, Arr
         half = cast(flat, part.inputs.dtype)  # the products take operands of the inputs' dtype
         carry = (
             total + value,
-            add_product(dmatrix, half, part.inputs, of_zeros=real.size >= len(arrays.inputs)),
+            add_product(dmatrix, half, part.inputs, total_is_zero=real.size >= len(arrays.inputs)),
             dbias + jnp.sum(flat, 0),
             jax.tree.map(jnp.add, dshared, more),
         )

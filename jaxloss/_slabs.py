@@ -119,7 +119,7 @@ def add_product(
     a: Float[Array, "tokens classes"],
     b: Float[Array, "tokens features"],
     *,
-    of_zeros: bool,
+    total_is_zero: bool,
 ) -> Float[Array, "classes features"]:
     """The sum of `total` and aᵀ b.
 
@@ -127,7 +127,7 @@ def add_product(
     other, unless several devices may have split them.
     """
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1
-    if of_zeros or not alone or not has_at_least(2 * PIECE, total):
+    if total_is_zero or not alone or not has_at_least(2 * PIECE, total):
         return total + dot(a, b, ((0,), (0,)))
     classes = total.shape[0]
     pieces = min(total.size // PIECE, MOST_PIECES, classes)
@@ -182,8 +182,8 @@ def scan(settings: Settings, step: Step, start: Any, arrays: Arrays) -> tuple[An
 def _tokens_within(budget: int | None, arrays: Arrays) -> int:
     """Tokens whose (tokens, classes) buffers fit in the budget; at least one.
 
-    By default on CPU 128 MiB, but at least 128 tokens: each slab reads and writes the weight's whole gradient, which
-    takes longer than the products of fewer. 1 GiB elsewhere, where products are to be large.
+    By default on CPU 128 MiB, but at least 128 tokens, since each slab reads and writes the weight's whole gradient;
+    1 GiB elsewhere, where products are to be large.
     """
     on_cpu = jax.default_backend() == "cpu"
     buffers = 2 if on_cpu else 3  # of logits, exponentials and gradient: what XLA holds at once

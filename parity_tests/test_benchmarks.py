@@ -7,7 +7,9 @@ import sys
 import time
 from importlib import import_module
 from io import StringIO
+from itertools import count, cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import plots
+from benchmarks import plots, timing
 from benchmarks.__main__ import ALL
 from benchmarks.growth import curves
 from benchmarks.hlo import collectives
@@ -92,6 +94,23 @@ def test_other_answers_are_not_timed():
     with pytest.raises(AssertionError, match="optax"):
         assert_same_answers(calls)
     assert set(assert_same_answers(calls | {"optax": calls["jaxloss"]})) == set(answers)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "least", "most", "figure"),
+    [((0.25, 0.25, 9), 5, 20, 0.25), ((1,), 30, 32, 1), ((30,), 5, 5, 30), ((300,), 2, 2, 300)],
+    ids=["one in three is slow", "short", "five do", "long"],
+)
+def test_a_turn_counts_as_the_median_of_its_calls(monkeypatch, milliseconds, least, most, figure):
+    lasts, now, calls = cycle(milliseconds), [0.0], count()
+
+    def call() -> None:
+        next(calls)
+        now[0] += next(lasts) / 1e3
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert timing.timings({"call": call}, 1)["call"] == [pytest.approx(figure)]
+    assert least <= next(calls) <= most
 
 
 def test_ratio_is_marked_where_the_middle_halves_overlap():
