@@ -1,6 +1,7 @@
 """Operations along the class axis, on one device or on the shards of a mesh axis."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -10,9 +11,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxloss._halves import zero_unless
+from jaxloss._row_sums import SHORT, row_sum
 
 MeshAxes = str | tuple[str, ...]
-LONG_ROW, SHORT_BLOCK = 2**15, 2**10  # classes, see `ClassAxis.in_blocks`
 FEW, EVEN = 24, 64  # classes, and what divides the number of rows, see `ClassAxis.sums_in_one_pass`
 
 
@@ -44,7 +45,7 @@ class ClassAxis(NamedTuple):
 
     def sum(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Sum over all classes."""
-        total = jnp.sum(x, self.position)
+        total = row_sum(x) if self.has_short_rows_on_cpu(x) else jnp.sum(x, self.position)
         return total if self.mesh_axis is None else lax.psum(total, self.mesh_axis)
 
     def sums_in_one_pass(self, x: Array) -> bool:
@@ -65,6 +66,10 @@ class ClassAxis(NamedTuple):
         """Whether each row is one stretch of a CPU's memory."""
         return self.position == x.ndim - 1 and self.is_whole_on_cpu(x)
 
+    def has_short_rows_on_cpu(self, x: Array) -> bool:
+        """Whether it has, and `row_sum` takes them."""
+        return self.has_whole_rows_on_cpu(x) and isinstance(x.shape[-1], int) and 0 < x.shape[-1] <= SHORT
+
     def is_whole_on_cpu(self, x: Array) -> bool:
         """Whether a CPU has all classes, as far as tracing tells."""
         return self.mesh_axis is None and not on_explicit_mesh(x) and jax.default_backend() == "cpu"
@@ -75,8 +80,7 @@ class ClassAxis(NamedTuple):
         On CPU it is lean for bfloat16 arrays of at least so many elements (under `vmap`, of each example).
         """
         halves = narrow.dtype == jnp.bfloat16 and dtype == jnp.float32
-        chosen = halves and self.has_whole_rows_on_cpu(narrow) and (not least or has_at_least(least, narrow))
-        lean = chosen and block_length(narrow.shape[self.position]) is not None
+        lean = halves and self.has_whole_rows_on_cpu(narrow) and (not least or has_at_least(least, narrow))
         return self._replace(widened=narrow.dtype != dtype, lean=lean)
 
     def read(self, x: Array, narrow: Array) -> Array:
@@ -87,23 +91,25 @@ class ClassAxis(NamedTuple):
         """`x` so many times; if lean, so that what is made from each is computed for each and never stored."""
         return apart(x, count) if self.lean else (x,) * count
 
-    def in_blocks(self, x: Float[Array, "..."], *rows: Array) -> tuple["ClassAxis", Array, *tuple[Array, ...]]:
-        """Each row in blocks of its classes, which are rows of `x` and `rows` then; on CPU, where the rows are long.
+    def sum_of(self, terms: Callable[..., Array], x: Array, *others: Array) -> Float[Array, "..."]:
+        """Sum over all classes of terms(x, *others), where each of the others has all classes or one.
 
-        For sums: XLA's CPU backend computes their terms on the fly, but of longer rows it stores them all first, which
-        takes ten times as long. As it is where the length has no divisor that would do.
+        On CPU long rows are summed in blocks of classes, whose terms XLA computes on the fly.
         """
-        length = x.shape[self.position]
-        block = block_length(length)
-        if block in (None, length) or not self.has_whole_rows_on_cpu(x):
-            return self, x, *rows
-        shape = (*x.shape[:-1], length // block)
-        blocks = (jnp.broadcast_to(row[..., None], shape) for row in rows)
-        return self._replace(position=self.position + 1), x.reshape(*shape, block), *blocks
+        arrays, classes = (x, *others), x.shape[self.position]
+        if not self.has_whole_rows_on_cpu(x) or not isinstance(classes, int) or classes <= SHORT:
+            return self.sum(terms(*arrays))
+        block = next((size for size in range(SHORT, SHORT // 2, -1) if classes % size == 0), SHORT // 2 + 1)
+        whole = classes - classes % block
 
-    def sum_in(self, blocks: "ClassAxis", x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Sum over all classes of an array that has the axis that `in_blocks` of this one gave."""
-        return self.sum(x) if blocks == self else jnp.sum(lax.optimization_barrier(blocks.sum(x)), -1)
+        def blocks(x: Array) -> Array:
+            return x[..., None, :] if x.shape[-1] == 1 else x[..., :whole].reshape(*x.shape[:-1], -1, block)
+
+        # The barrier keeps XLA from making one long sum of the two, which rounds worse.
+        total = jnp.sum(lax.optimization_barrier(row_sum(terms(*map(blocks, arrays)))), -1)
+        if whole < classes:
+            total += row_sum(terms(*(x if x.shape[-1] == 1 else x[..., whole:] for x in arrays)))
+        return total
 
     def max(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Maximum over all classes, as a constant: no derivative passes through it."""
@@ -219,13 +225,6 @@ def _pick_masked(
         mask |= axis.expand((targets < 0) | (targets >= axis.size(x)))
     explicit = on_explicit_mesh(x) or on_explicit_mesh(mask)
     return axis.sum(jnp.where(mask, x, 0) if explicit else zero_unless(mask, x))
-
-
-def block_length(length: int) -> int | None:
-    """The longest block, of at most LONG_ROW classes, that divides a row of that length; None if all are short."""
-    if length <= LONG_ROW:
-        return length
-    return next((size for size in range(LONG_ROW, SHORT_BLOCK, -1) if length % size == 0), None)
 
 
 def has_at_least(elements: int, x: Array) -> bool:

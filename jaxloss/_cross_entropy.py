@@ -1,11 +1,11 @@
 """cross_entropy, with class indices or class probabilities as targets."""
 
-from functools import partial
+import operator
+from functools import partial, reduce
 from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
@@ -145,7 +145,7 @@ def _cross_entropy(
         losses = from_rows(_probability_losses, static_argnums=(0, 3))(axis, logits, targets, wide, *options)
         # PyTorch counts the rows as elements / classes, so that the mean over no classes is NaN.
         row_weights = jnp.full_like(losses, min(logits.shape[axis.position], 1))
-        return reduce_rows(losses, row_weights, reduction).astype(dtype)
+        return reduce_rows([losses], row_weights, reduction)[0].astype(dtype)
     loss = from_rows(_index_loss, static_argnums=(0, 2, 7, 8))
     return loss(axis, logits, wide, targets, *options, ignore_index, reduction).astype(dtype)
 
@@ -197,16 +197,17 @@ def _index_loss(
     top = checkpoint_name(axis.max(narrow).astype(dtype), ROWS)
     log_prob, normalizer = target_log_prob(axis, logits, top, targets, kept, narrow)
 
-    def reduce(losses: Float[Array, "..."]) -> Float[Array, "..."]:
-        return reduce_rows(jnp.where(kept, losses, 0), row_weights, reduction)
-
-    loss = reduce(-row_weights * log_prob)
-    if label_smoothing is not None:  # term by term, so that weights of 0 throughout are NaN as in PyTorch
-        smooth = reduce(_smoothing_losses(axis, logits, top, normalizer, kept, weight, narrow))
-        loss = (1 - label_smoothing) * loss + label_smoothing / axis.size(logits) * smooth
+    losses: list[Array] = [-row_weights * log_prob]
+    factors: list[Array | float] = [1]
+    if label_smoothing is not None:
+        factors = [1 - label_smoothing, label_smoothing / axis.size(logits)]
+        losses.append(_smoothing_losses(axis, logits, top, normalizer, kept, weight, narrow))
     if z_loss is not None:
-        loss = loss + z_loss * reduce(row_weights * (top + normalizer) ** 2)
-    return loss
+        factors.append(z_loss)
+        losses.append(row_weights * (top + normalizer) ** 2)
+    # Term by term, so that weights of 0 throughout are NaN as in PyTorch.
+    terms = reduce_rows([jnp.where(kept, each, 0) for each in losses], row_weights, reduction)
+    return reduce(operator.add, map(operator.mul, factors, terms))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -251,44 +252,16 @@ def _weighted_sum(
     kept: Bool[Array, "..."],
     narrow: Float[Array, "..."],
 ) -> Float[Array, "..."]:
-    """Σ_c w_c (z_c - max) of each row: its value that of `narrow`, its derivative that of `logits`, which are equal.
-
-    On CPU as Σ_c w_c z_c - W max, which is faster, where that loses no digits: where W max is small against all sums.
-    """
+    """Σ_c w_c (z_c - max) of each row: its value that of `narrow`, its derivative that of `logits`, which are equal."""
     (top,) = apart(top, 1)
     if class_weights.size > 1:  # of weights that the gradient shares XLA would write the broadcast to memory
         (class_weights,) = apart(class_weights, 1)
-    classes, fast = narrow.shape[axis.position], axis.has_whole_rows_on_cpu(narrow)
-    if fast:
-        class_weights = jnp.broadcast_to(class_weights, (1,) * (narrow.ndim - 1) + (classes,))
-    blocks, cut, tops = axis.in_blocks(narrow, top)
-    (cut,) = apart(cut, 1)  # and of logits in a half type, their cast
-    _, weights = axis.in_blocks(class_weights)
+    (narrow,) = apart(narrow, 1)  # and of logits in a half type, their cast
 
-    def term_by_term() -> Float[Array, "..."]:
-        return axis.sum_in(blocks, (cut.astype(top.dtype) - blocks.expand(tops)) * weights)
+    def terms(x: Array, top: Array, class_weights: Array) -> Array:
+        return (x.astype(top.dtype) - top) * class_weights
 
-    if not fast:
-        return term_by_term()
-    flat = class_weights.reshape(-1)
-    if narrow.dtype == flat.dtype:
-        product = jnp.matmul(narrow, flat, precision="highest")
-    elif axis.lean:  # bfloat16, which XLA multiplies without a copy in float32
-        product = jnp.sum(jnp.matmul(narrow, _parts(flat), preferred_element_type=flat.dtype), -1)
-    else:
-        product = axis.sum_in(blocks, cut.astype(flat.dtype) * weights)
-    difference = product - top * jnp.sum(flat)
-    small = jnp.abs(top) * jnp.sum(jnp.abs(flat)) <= (4 if classes <= 2**10 else 2) * jnp.abs(difference)
-    return lax.cond(jnp.all(small & jnp.isfinite(difference) | ~kept), lambda: difference, term_by_term)
-
-
-def _parts(x: Float[Array, " n"]) -> Float[Array, "n 3"]:
-    """Three bfloat16 numbers for each of float32, which is their sum (but for what CPUs flush to 0, below 1e-38)."""
-    parts = []
-    for _ in range(3):  # reduced first, or XLA may hold that x less its cast is 0
-        parts.append(lax.reduce_precision(x, 8, 7).astype(jnp.bfloat16))
-        x -= parts[-1].astype(x.dtype)
-    return jnp.stack(parts, -1)
+    return axis.sum_of(terms, narrow, axis.expand(top), class_weights)
 
 
 @partial(_weighted_sum.defjvp, symbolic_zeros=True)

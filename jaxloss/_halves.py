@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
+
+from jaxloss._primitives import primitive
 
 
 def cast(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
@@ -74,29 +76,26 @@ def _transpose_select(cotangent: Any, mask: Array, x: Any) -> list[Any]:
     return [None, cotangent if isinstance(cotangent, ad.Zero) else zero_unless(mask, cotangent)]
 
 
-def _primitive(name: str, function: Callable[..., Array], on_cpu: Callable[..., Array]) -> Primitive:
-    """Elementwise, of arrays of one shape."""
+def _elementwise(name: str, function: Callable[..., Array], on_cpu: Callable[..., Array]) -> Primitive:
+    """Of arrays of one shape."""
 
     def batch(arrays: tuple, dims: tuple, **parameters: Any) -> tuple[Array, int]:
         if len(set(dims)) == 1:
-            return primitive.bind(*arrays, **parameters), dims[0]
+            return new.bind(*arrays, **parameters), dims[0]
         size = next(x.shape[dim] for x, dim in zip(arrays, dims, strict=True) if dim is not None)
         moved = (batching.bdim_at_front(x, dim, size) for x, dim in zip(arrays, dims, strict=True))
-        return primitive.bind(*moved, **parameters), 0
+        return new.bind(*moved, **parameters), 0
 
-    primitive = Primitive(name)
-    primitive.def_impl(function)
-    batching.primitive_batchers[primitive] = batch
-    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
-    mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform="cpu")
-    return primitive
+    new = primitive(name, function, on_cpu)
+    batching.primitive_batchers[new] = batch
+    return new
 
 
-_cast = _primitive("jaxloss_cast", _convert, _convert_on_cpu)
+_cast = _elementwise("cast", _convert, _convert_on_cpu)
 _cast.def_abstract_eval(lambda x, *_, dtype: x.update(dtype=dtype, weak_type=False))
 ad.deflinear2(_cast, _transpose)
 
-_zero_unless = _primitive("jaxloss_zero_unless", _select, _select_on_cpu)
+_zero_unless = _elementwise("zero_unless", _select, _select_on_cpu)
 _zero_unless.def_abstract_eval(lambda mask, x: x.update(weak_type=False))
 ad.defjvp(_zero_unless, None, lambda tangent, mask, x: zero_unless(mask, tangent))
 ad.primitive_transposes[_zero_unless] = _transpose_select

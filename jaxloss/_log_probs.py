@@ -83,20 +83,17 @@ def _sum_others(
     narrow: Float[Array, "..."],
 ) -> Float[Array, "..."]:
     """That sum, in rows that are kept."""
-    classes = logits.shape[axis.position]
-    if classes * jnp.finfo(top.dtype).eps >= 1:  # class indices are not exact in this dtype
-        return axis.sum(_others(axis, logits, top, targets))
-    # XLA's CPU reductions fuse this arithmetic mask (no exponential exceeds 1), but would write a select to memory.
-    local = axis.local(targets, classes).astype(top.dtype)
-    halves = narrow.dtype == jnp.bfloat16
-    blocks, cut, tops, local = axis.in_blocks(narrow if halves else logits, top, local)
-    if halves:  # whose cast XLA's CPU backend fuses into this sum, if no other sum shares it
-        cut, tops = lax.optimization_barrier((cut, tops))
-    if blocks != axis:
-        local -= cut.shape[-1] * lax.broadcasted_iota(local.dtype, local.shape, local.ndim - 1)
-    index = lax.broadcasted_iota(top.dtype, cut.shape, blocks.position)
-    distance = jnp.abs(index - blocks.expand(local))
-    return axis.sum_in(blocks, jnp.minimum(jnp.exp(cut.astype(top.dtype) - blocks.expand(tops)), distance))
+    source = logits
+    if narrow.dtype == jnp.bfloat16:  # whose cast XLA's CPU backend fuses into this sum, if no other sum shares it
+        source, top = lax.optimization_barrier((narrow, top))
+    shape = [1] * logits.ndim
+    shape[axis.position] = classes = logits.shape[axis.position]
+    index = lax.broadcasted_iota(targets.dtype, shape, axis.position)
+
+    def terms(x: Array, top: Array, index: Array, target: Array) -> Array:
+        return jnp.where(index == target, 0, jnp.exp(x.astype(top.dtype) - top))
+
+    return axis.sum_of(terms, source, axis.expand(top), index, axis.expand(axis.local(targets, classes)))
 
 
 @_target_and_others.defjvp
@@ -162,12 +159,13 @@ def _weigh_log_probs(
     if axis.lean:  # if this sum shared the rows' cast with another, XLA would write their broadcast to memory
         top = lax.reduce_precision(top, 8, 23)
     (top,) = apart(top, 1)
-    _, masses = axis.in_blocks(masses)
-    blocks, cut, top, normalizer = axis.in_blocks(logits, top, normalizer)
-    (cut,) = axis.copies(cut, 1)
-    log_probs = (cut.astype(masses.dtype) - blocks.expand(top)) - blocks.expand(normalizer)
+    (logits,) = axis.copies(logits, 1)
+
+    def terms(x: Array, masses: Array, top: Array, normalizer: Array) -> Array:
+        return masses * ((x.astype(masses.dtype) - top) - normalizer)
+
     # Apart, or XLA merges this sum with the one over the rows: a single long sum rounds worse.
-    (sums,) = apart(axis.sum_in(blocks, masses * log_probs), 1)
+    (sums,) = apart(axis.sum_of(terms, logits, masses, axis.expand(top), axis.expand(normalizer)), 1)
     return sums
 
 

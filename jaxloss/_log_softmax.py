@@ -80,7 +80,8 @@ def accumulator(x: Array) -> Float[Array, "..."]:
 def log_normalizer(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Array, "..."]) -> Float[Array, "..."]:
     """Each row's log Σ exp(logits - max), exact also where one class has almost all the probability.
 
-    The sum of e - ⌊e⌋ leaves out the maximum and all that ties with it, and the plain sum tells how many those were.
+    The maximum and all that ties with it are left out of the sum, and counted. Where that is slower than a sum of
+    exponentials e, the sum of e - ⌊e⌋ leaves them out, and the plain sum tells how many they were.
     If `axis` is lean the logits are those before the cast. `tops` is the maximum twice: the same array if
     exp(logits - max) is wanted in memory anyway, else two `apart`.
     """
@@ -88,12 +89,23 @@ def log_normalizer(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Ar
         exponentials = jnp.exp(logits.astype(tops[0].dtype) - axis.expand(tops[0]))
         others, total = axis.both_sums(exponentials - jnp.floor(exponentials), exponentials)
         return jnp.log1p(others + (jnp.round(total - others) - 1))
-    blocks, cut, *copies = axis.in_blocks(logits, *tops)
-    pairs = zip(axis.copies(cut, 2), copies, strict=True)
-    exponentials, again = (jnp.exp(x.astype(top.dtype) - blocks.expand(top)) for x, top in pairs)
-    others = axis.sum_in(blocks, again - jnp.floor(again))
-    maxima = jnp.round(axis.sum_in(blocks, exponentials) - others)
+    first, second = zip(axis.copies(logits, 2), map(axis.expand, tops), strict=True)
+    if axis.has_whole_rows_on_cpu(logits):
+        others, maxima = axis.sum_of(_below_top, *first), axis.sum_of(_is_top, *second)
+    else:
+        exponentials, again = (jnp.exp(x.astype(top.dtype) - top) for x, top in (first, second))
+        others = axis.sum(again - jnp.floor(again))
+        maxima = jnp.round(axis.sum(exponentials) - others)
     return jnp.log1p(others + (maxima - 1))
+
+
+def _below_top(x: Array, top: Array) -> Array:
+    below = x.astype(top.dtype) - top
+    return jnp.where(below == 0, 0, jnp.exp(below))
+
+
+def _is_top(x: Array, top: Array) -> Array:
+    return (x.astype(top.dtype) - top == 0).astype(top.dtype)
 
 
 def is_likely(probs: Float[Array, "..."]) -> Bool[Array, "..."]:

@@ -92,7 +92,7 @@ def _nll_loss(
     values = accumulator(class_axis.pick(log_probs, targets, spread=True))
     kept, row_weights = weigh_rows(class_axis, class_axis.size(log_probs), targets, weight, ignore_index, values.dtype)
     losses = jnp.where(kept, -row_weights * values, 0)
-    return reduce_rows(losses, row_weights, reduction).astype(log_probs.dtype)
+    return reduce_rows([losses], row_weights, reduction)[0].astype(log_probs.dtype)
 
 
 def weigh_rows(
@@ -128,14 +128,16 @@ def _weight_at(
     return axis.from_owner(values, local, weight.size)
 
 
-def reduce_rows(losses: Float[Array, "..."], row_weights: Float[Array, "..."], reduction: Reduction) -> Array:
-    """The rows' losses as they are, their sum, or their sum over the sum of the rows' weights."""
+def reduce_rows(
+    losses: list[Float[Array, "..."]], row_weights: Float[Array, "..."], reduction: Reduction
+) -> list[Float[Array, "..."]]:
+    """Each of several losses of the rows as it is, its sum, or its sum over the sum of the rows' weights."""
     if reduction == "none":
         return losses
     if reduction == "sum":
-        return jnp.sum(losses)
-    if has_at_least(1025, losses):
-        return jnp.sum(losses) / jnp.sum(row_weights)
+        return [jnp.sum(each) for each in losses]
+    if has_at_least(1025, row_weights):
+        return [jnp.sum(each) / jnp.sum(row_weights) for each in losses]
     # With few rows every operation of the compiled program counts: one less is 4 % at 128 x 10.
-    total, divisor = jnp.sum(jnp.stack([losses, row_weights]), range(1, losses.ndim + 1))
-    return total / divisor
+    *totals, divisor = jnp.sum(jnp.stack([*losses, row_weights]), range(1, row_weights.ndim + 1))
+    return [total / divisor for total in totals]

@@ -23,7 +23,7 @@ class Costs(NamedTuple):
     exponentials: int
     """Of an array of that size."""
     products: int
-    """Matrix products of any size."""
+    """Matrix products of any size; not a vector's, which are sums."""
     temporaries: float
     """Bytes held besides arguments and results, over those of the first argument."""
 
@@ -45,8 +45,9 @@ def costs(function: Callable[..., Any], *arguments: Any) -> Costs:
             max(sizes[name], *(sizes.get(each, 0) for each in ["", *re.findall(r"%[\w.-]+", operands)])) >= elements
         )
     temporaries = compiled.memory_analysis().temp_size_in_bytes / (elements * arguments[0].dtype.itemsize)
+    products = len(re.findall(r"= \w+\[\d+,[\d,]+\]\S* dot\(", text))
     exponentials = [largest(shape) for shape in re.findall(r"= (\S+) exponential\(", text)]
-    return Costs(passes, written, sum(n >= elements for n in exponentials), text.count(" dot("), temporaries)
+    return Costs(passes, written, sum(n >= elements for n in exponentials), products, temporaries)
 
 
 def largest(shape: str) -> int:

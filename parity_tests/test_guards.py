@@ -62,27 +62,32 @@ def exceeded(found: Costs, allowed: Costs) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "shape", "dtype", "value", "both"),
     [
-        ("cross_entropy", (128, 10), "float32", Costs(2, 0, 1, 0, 0.51), Costs(5, 2, 1, 0, 0.6)),
-        ("three options", (128, 10), "float32", Costs(4, 0, 1, 1, 0.9), Costs(7, 2, 1, 1, 1.2)),
+        ("cross_entropy", (128, 10), "float32", Costs(2, 0, 1, 0, 0.51), Costs(5, 2, 1, 0, 0.61)),
+        ("three options", (128, 10), "float32", Costs(3, 0, 1, 0, 0.7), Costs(6, 2, 1, 0, 1)),
         ("probabilities", (128, 10), "float32", Costs(3, 0, 1, 0, 0.5), Costs(6, 2, 1, 0, 0.7)),
         ("log_softmax", (128, 10), "float32", Costs(3, 1, 1, 0, 0.4), Costs(5, 2, 2, 0, 0.5)),
         ("cross_entropy", (128, 1000), "float32", Costs(3, 0, 1, 0, SMALL), Costs(7, 4, 1, 0, SMALL)),
         ("cross_entropy", (128, 1000), "bfloat16", Costs(3, 0, 1, 0, SMALL), Costs(6, 3, 1, 0, 2 + SMALL)),
-        ("three options", (128, 1000), "float32", Costs(5, 0, 1, 1, SMALL), Costs(9, 4, 1, 1, SMALL)),
-        ("three options", (128, 1000), "bfloat16", Costs(5, 0, 1, 0, SMALL), Costs(8, 3, 1, 0, 2 + SMALL)),
-        ("probabilities", (128, 1000), "float32", Costs(5, 1, 1, 0, 1 + SMALL), Costs(7, 2, 1, 0, SMALL)),
-        ("probabilities", (128, 1000), "bfloat16", Costs(4, 0, 2, 0, SMALL), Costs(6, 1, 3, 0, SMALL)),
+        ("three options", (128, 1000), "float32", Costs(4, 0, 1, 0, SMALL), Costs(8, 4, 1, 0, SMALL)),
+        ("three options", (128, 1000), "bfloat16", Costs(4, 0, 1, 0, SMALL), Costs(7, 3, 1, 0, 2 + SMALL)),
+        ("probabilities", (128, 1000), "float32", Costs(4, 0, 1, 0, SMALL), Costs(7, 2, 1, 0, SMALL)),
+        ("probabilities", (128, 1000), "bfloat16", Costs(4, 0, 1, 0, SMALL), Costs(6, 1, 2, 0, SMALL)),
+        ("log_softmax", (128, 1000), "float32", Costs(4, 1, 1, 0, SMALL), Costs(6, 2, 2, 0, SMALL)),
+        ("log_softmax", (128, 1000), "bfloat16", Costs(4, 1, 1, 0, SMALL), Costs(6, 2, 2, 0, SMALL)),
+        # Rows in blocks, of a length that is a multiple of one and of one that is prime:
+        ("cross_entropy", (32, 131072), "float32", Costs(3, 0, 1, 0, SMALL), Costs(7, 4, 1, 0, SMALL)),
+        ("cross_entropy", (64, 65537), "float32", Costs(3, 0, 0, 0, SMALL), Costs(7, 4, 1, 0, SMALL)),
+        ("probabilities", (64, 65537), "float32", Costs(6, 0, 0, 0, SMALL), Costs(8, 1, 1, 0, SMALL)),
         # Large halves, whose exponentials in float32 are not stored:
         ("cross_entropy", (128, 32768), "bfloat16", Costs(3, 0, 1, 0, SMALL), Costs(4, 1, 2, 0, SMALL)),
-        ("cross_entropy", (32, 131072), "bfloat16", Costs(3, 0, 1, 0, SMALL), Costs(4, 1, 2, 0, SMALL)),
-        ("three options", (128, 32768), "bfloat16", Costs(5, 0, 1, 1, SMALL), Costs(6, 1, 2, 1, SMALL)),
-        ("log_softmax", (128, 1000), "float32", Costs(4, 1, 2, 0, SMALL), Costs(6, 2, 3, 0, SMALL)),
-        ("log_softmax", (128, 1000), "bfloat16", Costs(4, 1, 2, 0, SMALL), Costs(6, 2, 3, 0, SMALL)),
+        ("cross_entropy", (128, 65537), "bfloat16", Costs(3, 0, 0, 0, SMALL), Costs(5, 1, 1, 0, SMALL)),
+        ("three options", (128, 32768), "bfloat16", Costs(4, 0, 1, 0, SMALL), Costs(5, 1, 2, 0, SMALL)),
         ("nll_loss", (128, 1000), "float32", Costs(1, 0, 0, 0, SMALL), Costs(2, 1, 0, 0, SMALL)),
         ("nll_loss", (128, 1000), "bfloat16", Costs(1, 0, 0, 0, SMALL), Costs(2, 1, 0, 0, SMALL)),
     ],
 )
-def test_passes_over_the_logits_exponentials_products_and_temporaries(name, shape, dtype, value, both):
+def test_passes_over_the_logits_exponentials_products_and_temporaries(name, shape, dtype, value, both, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     labels = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     arguments = (
         jax.ShapeDtypeStruct(shape, dtype),

@@ -128,8 +128,7 @@ def large(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> It
     """Has arrays of any size count as large, and their rows as long if so named."""
     monkeypatch.setattr(_cross_entropy, "LARGE", 0)
     if request.param == "rows in blocks":
-        monkeypatch.setattr(_class_axis, "LONG_ROW", 5)
-        monkeypatch.setattr(_class_axis, "SHORT_BLOCK", 1)
+        monkeypatch.setattr(_class_axis, "SHORT", 5)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -153,7 +152,7 @@ def test_which_arrays_are_lean():
     assert lean((32, 131072))
     assert not lean((127, 32768))
     assert ClassAxis(1).of_cast(jnp.zeros((7, 12), "bfloat16"), jnp.dtype("float32")).lean
-    assert not lean((128, 50261))  # a prime: its terms would be stored
+    assert lean((128, 65537))
     assert not lean((32768, 128), position=0)
     assert not lean((128, 32768), "float16")
     assert not lean((128, 32768), wide="float64")

@@ -52,7 +52,8 @@ def test_vmap_of_grad_equals_a_loop():
     logits, targets = jnp.asarray(arrays["logits"], jnp.float32).reshape(2, 3, CLASSES), arrays["targets"].reshape(2, 3)
     gradient = jax.grad(jaxloss.cross_entropy)
     found = jax.vmap(gradient)(logits, jnp.asarray(targets))
-    np.testing.assert_allclose(found, jnp.stack([gradient(*pair) for pair in zip(logits, targets, strict=True)]))
+    looped = jnp.stack([gradient(*pair) for pair in zip(logits, targets, strict=True)])
+    np.testing.assert_allclose(found, looped, rtol=4e-7)  # sums in another order
 
 
 @pytest.mark.parametrize("wrong", [-1, CLASSES, CLASSES + 7, -(2**31)])

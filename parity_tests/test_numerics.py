@@ -167,10 +167,14 @@ def test_label_smoothing_keeps_its_digits_beside_a_common_offset(dtype, weighted
     weight = np.linspace(0.5, 1.5, 300, dtype=np.float32) if weighted else None
     for offset in (0, 2, -2, 10, -10, 1e3, -1e3):
         assert smoothing_error(dtype, weight, offset) < 1e-6
-    monkeypatch.setattr(_cross_entropy.lax, "cond", lambda exact, fast, slow: fast())
+
+    def from_sums(axis, weights, logits, top, kept, narrow):
+        return axis.sum(weights * logits) - top * axis.sum(jnp.broadcast_to(weights, logits.shape))
+
+    monkeypatch.setattr(_cross_entropy, "_weighted_sum", from_sums)
     request.addfinalizer(jax.clear_caches)  # of what is compiled with it
     jax.clear_caches()
-    assert smoothing_error(dtype, weight, 2) < 1e-6
+    assert smoothing_error(dtype, weight, 0) < 1e-6
     assert smoothing_error(dtype, weight, 1e3) > 1e-5
 
 
