@@ -88,12 +88,19 @@ def _sum_others(
         source, top = lax.optimization_barrier((narrow, top))
     shape = [1] * logits.ndim
     shape[axis.position] = classes = logits.shape[axis.position]
-    index = lax.broadcasted_iota(targets.dtype, shape, axis.position)
+    inexact = classes * jnp.finfo(top.dtype).eps >= 1  # class indices in this dtype
+    selects = inexact or axis.has_whole_rows_on_cpu(logits)
+    local = axis.local(targets, classes).astype(targets.dtype if selects else top.dtype)
+    index = lax.broadcasted_iota(local.dtype, shape, axis.position)
 
     def terms(x: Array, top: Array, index: Array, target: Array) -> Array:
-        return jnp.where(index == target, 0, jnp.exp(x.astype(top.dtype) - top))
+        exponentials = jnp.exp(x.astype(top.dtype) - top)
+        if selects:
+            return jnp.where(index == target, 0, exponentials)
+        # XLA's CPU backend would write a select to memory, but not this; no exponential exceeds 1.
+        return jnp.minimum(exponentials, jnp.abs(index - target))
 
-    return axis.sum_of(terms, source, axis.expand(top), index, axis.expand(axis.local(targets, classes)))
+    return axis.sum_of(terms, source, axis.expand(top), index, axis.expand(local))
 
 
 @_target_and_others.defjvp

@@ -100,6 +100,32 @@ def test_passes_over_the_logits_exponentials_products_and_temporaries(name, shap
         assert exceeded(costs(transform(worse), *arguments), allowed)
 
 
+@pytest.mark.rounding
+@pytest.mark.parametrize(
+    ("name", "value", "both"),
+    [
+        ("cross_entropy", Costs(3, 0, 1, 0, SMALL), Costs(7, 4, 1, 0, 2 * SMALL)),
+        ("three options", Costs(4, 0, 1, 0, SMALL), Costs(8, 4, 1, 0, 2 * SMALL)),
+        ("log_softmax", Costs(4, 1, 2, 0, SMALL), Costs(6, 2, 3, 0, SMALL)),
+    ],
+)
+def test_the_same_where_the_classes_are_not_last(name, value, both):
+    arguments = jax.ShapeDtypeStruct((8, 100, 32, 32), jnp.float32), jax.ShapeDtypeStruct((8, 32, 32), jnp.int32)
+    weight = jnp.linspace(0.5, 1.5, 100)
+    ours, worse = {
+        "cross_entropy": (partial(jaxloss.cross_entropy, axis=1), LOSSES["cross_entropy"][1]),
+        "three options": (
+            partial(jaxloss.cross_entropy, weight=weight, label_smoothing=0.1, ignore_index=0, axis=1),
+            LOSSES["three options"][1],
+        ),
+        "log_softmax": (lambda z, t: jaxloss.log_softmax(z, axis=1), LOSSES["log_softmax"][1]),
+    }[name]
+    for transform, allowed in ((lambda f: f, value), (with_gradient, both)):
+        found = costs(transform(ours), *arguments)
+        assert not exceeded(found, allowed), found
+        assert exceeded(costs(transform(lambda z, t: worse(jnp.moveaxis(z, 1, -1), t)), *arguments), allowed)
+
+
 def test_nll_loss_keeps_nothing_of_the_size_of_the_log_probabilities():
     log_probs, targets = jnp.ones((64, 512)), jnp.zeros(64, jnp.int32)
     few = SMALL * log_probs.nbytes
