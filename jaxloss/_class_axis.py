@@ -14,6 +14,7 @@ from jaxloss._halves import zero_unless
 from jaxloss._row_sums import SHORT, row_sum
 
 MeshAxes = str | tuple[str, ...]
+LONG_ROW, SHORT_BLOCK = 2**15, 2**10  # classes, see `ClassAxis.sum_of`
 FEW, EVEN = 24, 64  # classes, and what divides the number of rows, see `ClassAxis.sums_in_one_pass`
 
 
@@ -67,7 +68,7 @@ class ClassAxis(NamedTuple):
         return self.position == x.ndim - 1 and self.is_whole_on_cpu(x)
 
     def has_short_rows_on_cpu(self, x: Array) -> bool:
-        """Whether it has, and `row_sum` takes them."""
+        """Whether each row is one stretch of a CPU's memory, of at most SHORT classes."""
         return self.has_whole_rows_on_cpu(x) and isinstance(x.shape[-1], int) and 0 < x.shape[-1] <= SHORT
 
     def is_whole_on_cpu(self, x: Array) -> bool:
@@ -94,21 +95,28 @@ class ClassAxis(NamedTuple):
     def sum_of(self, terms: Callable[..., Array], x: Array, *others: Array) -> Float[Array, "..."]:
         """Sum over all classes of terms(x, *others), where each of the others has all classes or one.
 
-        On CPU long rows are summed in blocks of classes, whose terms XLA computes on the fly.
+        On CPU long rows are summed in blocks of classes, whose terms XLA computes on the fly. Where devices may split
+        the classes the blocks are as long as they can be and no class is left over, so that few or none are moved.
         """
         arrays, classes = (x, *others), x.shape[self.position]
-        if not self.has_whole_rows_on_cpu(x) or not isinstance(classes, int) or classes <= SHORT:
+        alone = jax.device_count() == 1
+        longest = SHORT if alone else LONG_ROW
+        if not self.has_whole_rows_on_cpu(x) or not isinstance(classes, int) or classes <= longest:
             return self.sum(terms(*arrays))
-        block = next((size for size in range(SHORT, SHORT // 2, -1) if classes % size == 0), SHORT // 2 + 1)
-        whole = classes - classes % block
+        divisors = (size for size in range(longest, SHORT_BLOCK - 1, -1) if classes % size == 0)
+        block = next(divisors, SHORT_BLOCK if alone else classes)
+        count, rest = divmod(classes, block)
 
         def blocks(x: Array) -> Array:
-            return x[..., None, :] if x.shape[-1] == 1 else x[..., :whole].reshape(*x.shape[:-1], -1, block)
+            if x.shape[-1] == 1:
+                return x[..., None, :]
+            return x[..., : count * block].reshape(*x.shape[:-1], count, block)
 
+        within = self._replace(position=x.ndim)
         # The barrier keeps XLA from making one long sum of the two, which rounds worse.
-        total = jnp.sum(lax.optimization_barrier(row_sum(terms(*map(blocks, arrays)))), -1)
-        if whole < classes:
-            total += row_sum(terms(*(x if x.shape[-1] == 1 else x[..., whole:] for x in arrays)))
+        total = jnp.sum(lax.optimization_barrier(within.sum(terms(*map(blocks, arrays)))), -1)
+        if rest:
+            total += self.sum(terms(*(x if x.shape[-1] == 1 else x[..., -rest:] for x in arrays)))
         return total
 
     def max(self, x: Float[Array, "..."]) -> Float[Array, "..."]:

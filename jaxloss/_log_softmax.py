@@ -80,8 +80,8 @@ def accumulator(x: Array) -> Float[Array, "..."]:
 def log_normalizer(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Array, "..."]) -> Float[Array, "..."]:
     """Each row's log Σ exp(logits - max), exact also where one class has almost all the probability.
 
-    The maximum and all that ties with it are left out of the sum, and counted. Where that is slower than a sum of
-    exponentials e, the sum of e - ⌊e⌋ leaves them out, and the plain sum tells how many they were.
+    The maximum and all that ties with it are left out of the sum, and counted. Of few classes, along another axis than
+    the last and off the CPU the sum of e - ⌊e⌋ leaves them out, and the plain sum tells how many they were.
     If `axis` is lean the logits are those before the cast. `tops` is the maximum twice: the same array if
     exp(logits - max) is wanted in memory anyway, else two `apart`.
     """

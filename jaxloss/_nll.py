@@ -137,7 +137,8 @@ def reduce_rows(
     if reduction == "sum":
         return [jnp.sum(each) for each in losses]
     if has_at_least(1025, row_weights):
-        return [jnp.sum(each) / jnp.sum(row_weights) for each in losses]
+        divisor = jnp.sum(row_weights)
+        return [jnp.sum(each) / divisor for each in losses]
     # With few rows every operation of the compiled program counts: one less is 4 % at 128 x 10.
     *totals, divisor = jnp.sum(jnp.stack([*losses, row_weights]), range(1, row_weights.ndim + 1))
     return [total / divisor for total in totals]

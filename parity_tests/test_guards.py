@@ -86,8 +86,12 @@ def exceeded(found: Costs, allowed: Costs) -> list[str]:
         ("nll_loss", (128, 1000), "bfloat16", Costs(1, 0, 0, 0, SMALL), Costs(2, 1, 0, 0, SMALL)),
     ],
 )
-def test_passes_over_the_logits_exponentials_products_and_temporaries(name, shape, dtype, value, both, monkeypatch):
+def test_passes_over_the_logits_exponentials_products_and_temporaries(
+    name, shape, dtype, value, both, monkeypatch, request
+):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    jax.clear_caches()
+    request.addfinalizer(jax.clear_caches)
     labels = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     arguments = (
         jax.ShapeDtypeStruct(shape, dtype),

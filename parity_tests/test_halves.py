@@ -128,7 +128,8 @@ def large(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> It
     """Has arrays of any size count as large, and their rows as long if so named."""
     monkeypatch.setattr(_cross_entropy, "LARGE", 0)
     if request.param == "rows in blocks":
-        monkeypatch.setattr(_class_axis, "SHORT", 5)
+        monkeypatch.setattr(_class_axis, "LONG_ROW", 5)
+        monkeypatch.setattr(_class_axis, "SHORT_BLOCK", 3)
     jax.clear_caches()
     yield
     jax.clear_caches()

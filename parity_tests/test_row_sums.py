@@ -29,7 +29,12 @@ def short(monkeypatch: pytest.MonkeyPatch, alone: None) -> Callable[[], None]:
 
     def cut() -> None:
         monkeypatch.setattr(_class_axis, "SHORT", 5)
+        monkeypatch.setattr(_class_axis, "SHORT_BLOCK", 3)
         jax.clear_caches()
+        for classes, pieces in ((12, [(7, 3, 4)]), (13, [(7, 4, 3), (7, 1)])):
+            seen = []
+            _class_axis.ClassAxis(1).sum_of(lambda x, seen=seen: seen.append(x.shape) or x, jnp.ones((7, classes)))
+            assert seen == pieces
 
     return cut
 
@@ -82,7 +87,6 @@ RESULTS = {
     "weights": lambda z, y, p: jaxloss.cross_entropy(z, y, label_smoothing=0.1, weight=weight(z.shape[-1]), z_loss=0.1),
     "probabilities": lambda z, y, p: jaxloss.cross_entropy(z, p, reduction="none"),
     "log_softmax": lambda z, y, p: jaxloss.log_softmax(z),
-    "another axis": lambda z, y, p: jaxloss.cross_entropy(z.T, y, axis=0, reduction="none"),
     "linear": lambda z, y, p: jaxloss.linear_cross_entropy(z, jnp.eye(z.shape[-1]), y),
     "linear_log_prob": lambda z, y, p: jaxloss.linear_log_prob(z, jnp.eye(z.shape[-1]), y)[:2],
 }
@@ -104,6 +108,16 @@ def test_sums_of_blocks_are_those_of_whole_rows(name, classes, short):
     short()
     for ours, expected in zip(evaluate(), whole, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [5000, 5003])
+def test_no_rows_of_many_classes(classes, alone):
+    logits, labels = jnp.zeros((0, classes)), np.zeros(0, int)
+    for targets in (labels, logits):
+        assert jaxloss.cross_entropy(logits, targets, reduction="none").shape == (0,)
+        assert jaxloss.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.1) == 0
+        assert jnp.isnan(jaxloss.cross_entropy(logits, targets))
+    assert jaxloss.linear_cross_entropy(jnp.zeros((0, 2)), jnp.zeros((classes, 2)), labels, reduction="sum") == 0
 
 
 @pytest.mark.parametrize("classes", [12, 13])

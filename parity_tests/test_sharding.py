@@ -191,6 +191,19 @@ def test_few_sharded_classes_give_the_single_device_result(loss, spec):
         assert max(gathered_sizes(compiled), default=0) <= rows * 8  # at most each device's sums
 
 
+@pytest.mark.parametrize("classes", [6000, 16424])  # which blocks of a single device would not divide as the mesh does
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["plain", "smoothing"])
+def test_many_classes_split_over_an_auto_mesh_move_no_logits(classes, options):
+    rng = np.random.default_rng(0)
+    logits, targets = jnp.asarray(rng.normal(size=(8, classes)), jnp.float32), rng.integers(0, classes, 8)
+    split = jax.device_put(logits, NamedSharding(mesh_of(AxisType.Auto), P(None, "x")))
+    loss = partial(jaxloss.cross_entropy, **options)
+    for function in (loss, jax.grad(loss), lambda z, t: jnp.sum(jnp.sin(jaxloss.log_softmax(z)))):
+        compiled = jax.jit(function).lower(split, targets).compile()
+        assert_trees_close(compiled(split, targets), jax.jit(function)(logits, targets), 1e-5)
+        assert not gathered_sizes(compiled)
+
+
 def test_optax_raises_on_classes_split_over_an_explicit_mesh_axis():
     logits, targets, _ = make_inputs("index")
     mesh = mesh_of(AxisType.Explicit)
