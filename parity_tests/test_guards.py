@@ -62,7 +62,7 @@ def exceeded(found: Costs, allowed: Costs) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "shape", "dtype", "value", "both"),
     [
-        ("cross_entropy", (128, 10), "float32", Costs(2, 0, 1, 0, 0.51), Costs(5, 2, 1, 0, 0.61)),
+        ("cross_entropy", (128, 10), "float32", Costs(2, 0, 1, 0, 0.51), Costs(5, 2, 1, 0, 0.6)),
         ("three options", (128, 10), "float32", Costs(3, 0, 1, 0, 0.7), Costs(6, 2, 1, 0, 1)),
         ("probabilities", (128, 10), "float32", Costs(3, 0, 1, 0, 0.5), Costs(6, 2, 1, 0, 0.7)),
         ("log_softmax", (128, 10), "float32", Costs(3, 1, 1, 0, 0.4), Costs(5, 2, 2, 0, 0.5)),
@@ -80,6 +80,7 @@ def exceeded(found: Costs, allowed: Costs) -> list[str]:
         ("probabilities", (64, 65537), "float32", Costs(6, 0, 0, 0, SMALL), Costs(8, 1, 1, 0, SMALL)),
         # Large halves, whose exponentials in float32 are not stored:
         ("cross_entropy", (128, 32768), "bfloat16", Costs(3, 0, 1, 0, SMALL), Costs(4, 1, 2, 0, SMALL)),
+        ("cross_entropy", (32, 131072), "bfloat16", Costs(3, 0, 1, 0, SMALL), Costs(4, 1, 2, 0, SMALL)),
         ("cross_entropy", (128, 65537), "bfloat16", Costs(3, 0, 0, 0, SMALL), Costs(5, 1, 1, 0, SMALL)),
         ("three options", (128, 32768), "bfloat16", Costs(4, 0, 1, 0, SMALL), Costs(5, 1, 2, 0, SMALL)),
         ("nll_loss", (128, 1000), "float32", Costs(1, 0, 0, 0, SMALL), Costs(2, 1, 0, 0, SMALL)),
