@@ -17,13 +17,11 @@ from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, arg
 
 from benchmarks import plots
-from benchmarks.processes import rows_of
 from benchmarks.timing import LEFT_OUT, PLATFORM, about, pin_malloc, quartiles
 
 ALL = ("losses", "linear", "train", "start")
 PINNED = ("losses", "linear")  # a whole program is timed as it runs for users
 TURNS, QUICK_TURNS = 40, 2
-PROCESSES = {"losses": 3} if PLATFORM == "cpu" else {}  # an accelerator is held by the first
 ROUGH = "--quick: few turns, small shapes. These figures are rough, and say nothing."
 
 
@@ -59,18 +57,18 @@ def main() -> None:
 def run(options: Options) -> None:
     """One suite, until it ends or is interrupted."""
     console, suite = Console(), import_module(f"benchmarks.{options.suite}")
-    processes = 1 if options.quick else PROCESSES.get(options.suite, 1)
     name = f"{options.suite}-{PLATFORM}"
-    results: dict[str, Any] = about() | {"quick": options.quick, "processes": processes, "rows": []}
+    results: dict[str, Any] = about() | {"quick": options.quick, "rows": []}
     console.print({key: value for key, value in results.items() if key != "rows"})
     for what, why in LEFT_OUT.items():
         console.print(f"{what} is left out: it {why}")
     if options.json:
         options.json.mkdir(parents=True, exist_ok=True)
     turns = options.turns or (QUICK_TURNS if options.quick else TURNS)
+    order = getattr(suite, "order", lambda row: 0)
     with suppress(KeyboardInterrupt):  # what was measured until then is shown
-        for rows in rows_of(suite.measure, max(turns // processes, 1), quick=options.quick, processes=processes):
-            results["rows"] = [summary(row) for row in rows]
+        for row in suite.measure(turns, quick=options.quick):
+            results["rows"] = sorted((*results["rows"], summary(row)), key=order)
             if options.json:
                 (options.json / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     console.print(*suite.tables(results["rows"]))

@@ -1,7 +1,7 @@
 """The losses, value alone and with gradient, against optax, plain jax.nn and PyTorch, beside a pass over the logits."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -16,14 +16,17 @@ from rich.table import Table
 from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
-from benchmarks.timing import HAS_COMPILER, TORCH, Calls, assert_same_answers, temporaries, timings, told
+from benchmarks.processes import in_new_processes
+from benchmarks.timing import HAS_COMPILER, PLATFORM, TORCH, Calls, assert_same_answers, temporaries, timings, told
 
 SHAPES = ((128, 10), (8192, 10), (1024, 1000), (8, 128, 128, 21), (256, 32000), (1024, 32768), (1024, 131072))
-VALUE, BOTH = "value", "value and gradient"
+VALUE, BOTH, OUTSIDE = "value", "value and gradient", "value, outside of jit"
 OURS, OPTAX, PLAIN, EAGER, COMPILED = "jaxloss", "optax", "plain jax.nn", "PyTorch eager", "torch.compile"
 BARE = "without options"  # another loss, which is timed to see what they cost
 PASSES = {VALUE: ("sum(x)", jnp.sum), BOTH: ("x + 1", lambda x: x + 1)}
+PROCESSES = 3 if PLATFORM == "cpu" else 1  # an accelerator is held by the first
 Measures = dict[str, Callable[[], int]]
+Case = tuple[str, str, str, tuple[int, ...]]  # kind, quantity, dtype and shape
 SMOOTHED = {"label_smoothing": 0.1, "ignore_index": 0}
 
 
@@ -160,17 +163,18 @@ def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...
     return calls | {EAGER: in_pytorch(kind.torch)}, held
 
 
-def cases(*, quick: bool) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
-    """Every kind, quantity, dtype and shape; quick: every kind once, and one of the rest."""
+def cases(*, quick: bool) -> Iterator[Case]:
+    """Every kind, quantity, dtype and shape; quick: every kind once, and some of the rest."""
     if quick:
         yield from ((name, BOTH, "float32", (128, 10)) for name in KINDS)
         yield "cross_entropy, axis 1", BOTH, "float32", (2, 21, 8, 8)
         yield "cross_entropy", VALUE, "bfloat16", (2, 8, 8, 21)
-        return
-    for name, kind in KINDS.items():
-        for quantity in kind.quantities:
-            for dtype in kind.dtypes:
-                yield from ((name, quantity, dtype, shape) for shape in kind.shapes)
+    else:
+        for name, kind in KINDS.items():
+            for quantity in kind.quantities:
+                for dtype in kind.dtypes:
+                    yield from ((name, quantity, dtype, shape) for shape in kind.shapes)
+    yield "cross_entropy", OUTSIDE, "float32", (128, 10)
 
 
 def outside_jit() -> Calls:
@@ -182,23 +186,38 @@ def outside_jit() -> Calls:
 
 
 def measure(turns: int, *, quick: bool) -> Iterator[dict[str, Any]]:
-    """Rows of the table: fewer turns from 1 million logits on."""
+    """Rows of the table. On CPU new processes measure the cases of one dtype and shape, and share the turns."""
     every = list(cases(quick=quick))
-    for name, quantity, dtype, shape in track(every, description="measuring losses", transient=True):
-        calls, held = implementations(KINDS[name], quantity, dtype, shape)
+    if quick or PROCESSES == 1:
+        yield from measured(track(every, description="measuring losses", transient=True), turns)
+        return
+    alike = [[case for case in every if case[2:] == kind] for kind in dict.fromkeys(case[2:] for case in every)]
+    for some in track(alike, description="measuring losses", transient=True):
+        yield from in_new_processes(PROCESSES, measured, some, max(turns // PROCESSES, 1))
+
+
+def measured(some: Iterable[Case], turns: int) -> Iterator[dict[str, Any]]:
+    """A row for each case: fewer turns from 1 million logits on."""
+    for name, quantity, dtype, shape in some:
         row = {"loss": name, "of": quantity, "dtype": dtype, "shape": shape}
-        comparable = {name: call for name, call in calls.items() if name != BARE}
-        row["first call, seconds"] = assert_same_answers(comparable, dtype)
-        row["temporaries"] = {name: measured() for name, measured in held.items()}
-        label, function = PASSES[quantity]
-        x, one_pass = jnp.asarray(examples(KINDS[name], shape)[0], dtype), jax.jit(function)
-        calls[label] = lambda one_pass=one_pass, x=x: jax.block_until_ready(one_pass(x))
-        few = max(turns // (1 if np.prod(shape) < 1e6 else 5 if np.prod(shape) < 1e8 else 10), 1 if quick else 2)
+        few = turns if math.prod(shape) < 1e6 else max(turns // (5 if math.prod(shape) < 1e8 else 10), 2)
+        if quantity == OUTSIDE:
+            calls = outside_jit()
+            assert_same_answers(calls)
+        else:
+            calls, held = implementations(KINDS[name], quantity, dtype, shape)
+            comparable = {name: call for name, call in calls.items() if name != BARE}
+            row["first call, seconds"] = assert_same_answers(comparable, dtype)
+            row["temporaries"] = {name: measured() for name, measured in held.items()}
+            label, function = PASSES[quantity]
+            x, one_pass = jnp.asarray(examples(KINDS[name], shape)[0], dtype), jax.jit(function)
+            calls[label] = lambda one_pass=one_pass, x=x: jax.block_until_ready(one_pass(x))
         yield row | {"milliseconds": timings(calls, few)}
-    calls = outside_jit()
-    assert_same_answers(calls)
-    row = {"loss": "cross_entropy", "of": "value, outside of jit", "dtype": "float32", "shape": (128, 10)}
-    yield row | {"milliseconds": timings(calls, turns)}
+
+
+def order(row: dict[str, Any]) -> tuple[int, int]:
+    """Where a row of the table belongs: with those of its loss and quantity."""
+    return list(KINDS).index(row["loss"]), (BOTH, VALUE, OUTSIDE).index(row["of"])
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Table]:

@@ -11,7 +11,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 Row = dict[str, Any]
-Measure = Callable[..., Iterator[Row]]
 
 
 def answer(module: str, *arguments: object, **environment: str) -> Any:
@@ -22,39 +21,36 @@ def answer(module: str, *arguments: object, **environment: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def rows_of(measure: Measure, turns: int, *, quick: bool, processes: int) -> Iterator[list[Row]]:
-    """All rows so far, whenever something was measured.
+def in_new_processes(count: int, measure: Callable[..., Iterator[Row]], *arguments: Any) -> list[Row]:
+    """The rows that `measure` yields, in so many processes one after another: a row's times are put together.
 
-    One process is this one. Several are new ones, one after another: each measures all rows, and the times of a row
-    are put together. A process that fails ends the command.
+    A process that fails ends the command.
     """
-    rows: list[Row] = []
-    for _ in range(processes):
-        found = measure(turns, quick=quick) if processes == 1 else _in_new_process(measure, turns, quick)
-        for number, row in enumerate(found):
-            if number == len(rows):
-                rows.append(row)
-            else:
-                for name, times in row["milliseconds"].items():
-                    rows[number]["milliseconds"][name] += times
-            yield rows
+    rows, *again = [_in_new_process(measure, arguments) for _ in range(count)]
+    for others in again:
+        for row, other in zip(rows, others, strict=True):
+            for name, times in other["milliseconds"].items():
+                row["milliseconds"][name] += times
+    return rows
 
 
-def _in_new_process(measure: Measure, turns: int, quick: bool) -> Iterator[Row]:
+def _in_new_process(measure: Callable[..., Iterator[Row]], arguments: tuple) -> list[Row]:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, measure, turns, quick))
+    process = context.Process(target=_send, args=(sender, measure, arguments))
     process.start()
     sender.close()
+    rows = []
     with suppress(EOFError):
         while True:
-            yield receiver.recv()
+            rows.append(receiver.recv())
     process.join()
     if process.exitcode:
         sys.exit(1)
+    return rows
 
 
-def _send(sender: Connection, measure: Measure, turns: int, quick: bool) -> None:
+def _send(sender: Connection, measure: Callable[..., Iterator[Row]], arguments: tuple) -> None:
     with suppress(KeyboardInterrupt):
-        for row in measure(turns, quick=quick):
+        for row in measure(*arguments):
             sender.send(row)

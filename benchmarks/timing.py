@@ -2,11 +2,11 @@
 
 Only ratios of medians from one run mean anything: the implementations take turns in random order, and every result is
 waited for and freed before the next call. Three things would carry from one turn into the next, and are kept from it
-for everyone alike. Whether a large result gets fresh pages is pinned: glibc decides it by the history of calls, and at
-32 MB that doubles any figure. OpenMP's threads spin on after PyTorch's call and take a core from whoever comes
-next, so a turn starts with untimed calls. And which pages an array lies on and how threads wake stay as they are for as
-long as a process lives, and are up to half of a short call: such calls are timed in several processes, one after
-another.
+for everyone alike. A large result gets fresh pages of memory, which take longer than a loss, unless what was freed
+before has room for it: glibc's threshold is fixed, and losses of arrays of other sizes are measured in other processes.
+OpenMP's threads spin on after PyTorch's call and take a core from whoever comes next, so a turn starts with untimed
+calls. And which pages an array lies on and how threads wake stay as they are for as long as a process lives, and are up
+to half of a short call: losses are timed in several processes, one after another.
 """
 
 import os
@@ -30,8 +30,12 @@ Times = Mapping[str, Mapping[str, float]]  # by implementation: q1, median, q3
 # A turn: seconds of untimed calls, then so many timed ones; more of short calls, to fill so many seconds, and fewer of
 # long ones, begun within so many.
 WARM_UP, TIMED, FILLED, LONG = 0.02, 5, 0.01, 0.1
-# Fresh pages for every array from 16 MiB on, as glibc has it by default from 32 MiB on, and for none below.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(16 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+# Fresh pages for every array from 32 MiB on, as glibc has it after a while, and for none below, whichever thread asks.
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_ARENA_MAX": "1",
+}
 PLATFORM = jax.default_backend()
 SEEN = 1_000_000  # elements of an answer that are compared
 TORCH = torch.device("cuda" if PLATFORM == "gpu" else "cpu")

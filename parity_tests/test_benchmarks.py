@@ -21,7 +21,7 @@ from benchmarks import plots, timing
 from benchmarks.__main__ import ALL
 from benchmarks.growth import curves
 from benchmarks.hlo import collectives
-from benchmarks.processes import rows_of
+from benchmarks.processes import in_new_processes
 from benchmarks.timing import HAS_COMPILER, assert_same_answers, quartiles, spread, told
 from benchmarks.train import SHARES, profiled
 
@@ -124,24 +124,22 @@ def test_ratio_is_marked_where_the_middle_halves_overlap():
     assert quartiles([2.0]) == {"q1": 2.0, "median": 2.0, "q3": 2.0}
 
 
-def processes(turns, *, quick):
-    """Stands for a suite: its times are the processes' numbers."""
-    assert not quick, "asked to fail"
-    yield {"shape": (2, 3), "milliseconds": {"jaxloss": [os.getpid()] * turns}}
-    yield {"shape": (4, 5), "milliseconds": {"jaxloss": [-1], "optax": [-2]}}
+def process(first):
+    """Stands for a suite: the times are the process' number."""
+    assert first, "asked to fail"
+    yield {"shape": (2, 3), "milliseconds": {"jaxloss": [os.getpid()] * 2}}
+    yield {"shape": (4, 5), "milliseconds": {"jaxloss": [first], "optax": [-2]}}
 
 
 def test_times_of_several_processes_are_put_together():
-    *_, (first, second) = rows_of(processes, 2, quick=False, processes=2)
+    first, second = in_new_processes(2, process, -1)
     assert first["shape"] == (2, 3)
     assert second["milliseconds"] == {"jaxloss": [-1] * 2, "optax": [-2] * 2}
     one, again, other, _ = first["milliseconds"]["jaxloss"]
     assert len({os.getpid(), one, other}) == 3
     assert one == again
-    *_, (alone, _) = rows_of(processes, 1, quick=False, processes=1)
-    assert alone["milliseconds"] == {"jaxloss": [os.getpid()]}
     with pytest.raises(SystemExit):
-        list(rows_of(processes, 1, quick=True, processes=2))
+        in_new_processes(1, process, 0)
 
 
 def test_slope_is_the_power_of_growth():
