@@ -1,7 +1,6 @@
 """cross_entropy, with class indices or class probabilities as targets."""
 
-import operator
-from functools import partial, reduce
+from functools import partial
 from typing import no_type_check
 
 import jax
@@ -145,9 +144,10 @@ def _cross_entropy(
         losses = from_rows(_probability_losses, static_argnums=(0, 3))(axis, logits, targets, wide, *options)
         # PyTorch counts the rows as elements / classes, so that the mean over no classes is NaN.
         row_weights = jnp.full_like(losses, min(logits.shape[axis.position], 1))
-        return reduce_rows([losses], row_weights, reduction)[0].astype(dtype)
-    loss = from_rows(_index_loss, static_argnums=(0, 2, 7, 8))
-    return loss(axis, logits, wide, targets, *options, ignore_index, reduction).astype(dtype)
+        (loss,) = reduce_rows([losses], row_weights, reduction)
+        return loss.astype(dtype)
+    index_loss = from_rows(_index_loss, static_argnums=(0, 2, 7, 8))
+    return index_loss(axis, logits, wide, targets, *options, ignore_index, reduction).astype(dtype)
 
 
 def _as_split(axis: ClassAxis, logits: Array, targets: Array, weight: Array | None) -> tuple[Array, Array | None]:
@@ -197,17 +197,16 @@ def _index_loss(
     top = checkpoint_name(axis.max(narrow).astype(dtype), ROWS)
     log_prob, normalizer = target_log_prob(axis, logits, top, targets, kept, narrow)
 
-    losses: list[Array] = [-row_weights * log_prob]
-    factors: list[Array | float] = [1]
+    terms: list[tuple[Array | float, Array]]  # a factor and the rows' losses
+    terms = [(1 if label_smoothing is None else 1 - label_smoothing, -row_weights * log_prob)]
     if label_smoothing is not None:
-        factors = [1 - label_smoothing, label_smoothing / axis.size(logits)]
-        losses.append(_smoothing_losses(axis, logits, top, normalizer, kept, weight, narrow))
+        smoothing = _smoothing_losses(axis, logits, top, normalizer, kept, weight, narrow)
+        terms.append((label_smoothing / axis.size(logits), smoothing))
     if z_loss is not None:
-        factors.append(z_loss)
-        losses.append(row_weights * (top + normalizer) ** 2)
-    # Term by term, so that weights of 0 throughout are NaN as in PyTorch.
-    terms = reduce_rows([jnp.where(kept, each, 0) for each in losses], row_weights, reduction)
-    return reduce(operator.add, map(operator.mul, factors, terms))
+        terms.append((z_loss, row_weights * (top + normalizer) ** 2))
+    # Reduced one by one, so that weights of 0 throughout are NaN as in PyTorch.
+    reduced = reduce_rows([jnp.where(kept, losses, 0) for _, losses in terms], row_weights, reduction)
+    return sum((factor * loss for (factor, _), loss in zip(terms, reduced, strict=True)), start=jnp.zeros((), dtype))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

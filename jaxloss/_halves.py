@@ -18,7 +18,7 @@ from jax.interpreters import ad, batching
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from jaxloss._primitives import primitive
+from jaxloss._primitives import make_primitive
 
 
 def cast(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
@@ -77,18 +77,18 @@ def _transpose_select(cotangent: Any, mask: Array, x: Any) -> list[Any]:
 
 
 def _elementwise(name: str, function: Callable[..., Array], on_cpu: Callable[..., Array]) -> Primitive:
-    """Of arrays of one shape."""
+    """A primitive of arrays of one shape, which `vmap` batches together."""
 
     def batch(arrays: tuple, dims: tuple, **parameters: Any) -> tuple[Array, int]:
         if len(set(dims)) == 1:
-            return new.bind(*arrays, **parameters), dims[0]
+            return primitive.bind(*arrays, **parameters), dims[0]
         size = next(x.shape[dim] for x, dim in zip(arrays, dims, strict=True) if dim is not None)
         moved = (batching.bdim_at_front(x, dim, size) for x, dim in zip(arrays, dims, strict=True))
-        return new.bind(*moved, **parameters), 0
+        return primitive.bind(*moved, **parameters), 0
 
-    new = primitive(name, function, on_cpu)
-    batching.primitive_batchers[new] = batch
-    return new
+    primitive = make_primitive(name, function, on_cpu)
+    batching.primitive_batchers[primitive] = batch
+    return primitive
 
 
 _cast = _elementwise("cast", _convert, _convert_on_cpu)

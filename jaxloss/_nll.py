@@ -92,7 +92,8 @@ def _nll_loss(
     values = accumulator(class_axis.pick(log_probs, targets, spread=True))
     kept, row_weights = weigh_rows(class_axis, class_axis.size(log_probs), targets, weight, ignore_index, values.dtype)
     losses = jnp.where(kept, -row_weights * values, 0)
-    return reduce_rows([losses], row_weights, reduction)[0].astype(log_probs.dtype)
+    (loss,) = reduce_rows([losses], row_weights, reduction)
+    return loss.astype(log_probs.dtype)
 
 
 def weigh_rows(

@@ -7,10 +7,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 
-def primitive(name: str, function: Callable[..., Array], on_cpu: Callable[..., Array]) -> Primitive:
+def make_primitive(name: str, function: Callable[..., Array], on_cpu: Callable[..., Array]) -> Primitive:
     """Without rules for shapes, derivatives and `vmap`; `on_cpu` has to give what `function` gives."""
-    new = Primitive(f"jaxloss_{name}")
-    new.def_impl(function)
-    mlir.register_lowering(new, mlir.lower_fun(function, multiple_results=False))
-    mlir.register_lowering(new, mlir.lower_fun(on_cpu, multiple_results=False), platform="cpu")
-    return new
+    primitive = Primitive(f"jaxloss_{name}")
+    primitive.def_impl(function)
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform="cpu")
+    return primitive

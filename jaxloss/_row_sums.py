@@ -10,7 +10,7 @@ from jax import lax
 from jax.interpreters import ad, batching
 from jaxtyping import Array, Float
 
-from jaxloss._primitives import primitive
+from jaxloss._primitives import make_primitive
 
 SHORT = 2**11 - 1  # numbers, of up to 8 bytes: XLA fuses what multiplies a vector of fewer than 16 KiB
 
@@ -36,7 +36,7 @@ def _product(x: Float[Array, "*rows short"]) -> Float[Array, "*rows"]:
     return lax.reduce_precision(sums, limits.nexp, limits.nmant).reshape(x.shape[:-1])
 
 
-_row_sum = primitive("row_sum", _sum, _product)
+_row_sum = make_primitive("row_sum", _sum, _product)
 _row_sum.def_abstract_eval(
     lambda x: x.update(shape=x.shape[:-1], sharding=x.sharding.update(spec=x.sharding.spec[:-1]), weak_type=False)
 )

@@ -14,6 +14,7 @@ import jaxloss
 from jaxloss import _class_axis, _cross_entropy
 from jaxloss._class_axis import ClassAxis
 from jaxloss._halves import cast, cast_sum, zero_unless
+from parity_tests.blocks import summed_pieces
 
 pytestmark = pytest.mark.rounding
 
@@ -130,6 +131,7 @@ def large(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> It
     if request.param == "rows in blocks":
         monkeypatch.setattr(_class_axis, "LONG_ROW", 5)
         monkeypatch.setattr(_class_axis, "SHORT_BLOCK", 3)
+        assert summed_pieces(12) == [(7, 3, 4)]
     jax.clear_caches()
     yield
     jax.clear_caches()

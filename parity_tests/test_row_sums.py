@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 import jaxloss
 from jaxloss import _class_axis
 from jaxloss._row_sums import SHORT, row_sum
+from parity_tests.blocks import summed_pieces
 
 
 @pytest.fixture
@@ -31,10 +32,8 @@ def short(monkeypatch: pytest.MonkeyPatch, alone: None) -> Callable[[], None]:
         monkeypatch.setattr(_class_axis, "SHORT", 5)
         monkeypatch.setattr(_class_axis, "SHORT_BLOCK", 3)
         jax.clear_caches()
-        for classes, pieces in ((12, [(7, 3, 4)]), (13, [(7, 4, 3), (7, 1)])):
-            seen = []
-            _class_axis.ClassAxis(1).sum_of(lambda x, seen=seen: seen.append(x.shape) or x, jnp.ones((7, classes)))
-            assert seen == pieces
+        assert summed_pieces(12) == [(7, 3, 4)]
+        assert summed_pieces(13) == [(7, 4, 3), (7, 1)]
 
     return cut
 
@@ -42,9 +41,11 @@ def short(monkeypatch: pytest.MonkeyPatch, alone: None) -> Callable[[], None]:
 X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 70)), jnp.float32)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [(70,), (12, 70), (3, 4, 70), (0, 70), (2, 1)])
-def test_a_row_sum_and_its_derivatives_are_those_of_a_sum(shape, dtype, alone):
+def test_a_row_sum_and_its_derivatives_are_those_of_a_sum(shape, dtype, alone, request):
+    if dtype == "float64":
+        request.getfixturevalue("x64")
     x = jnp.resize(X, shape).astype(dtype)
     tolerance = {"rtol": 4 * float(jnp.finfo(dtype).eps), "atol": 20 * float(jnp.finfo(dtype).eps)}
 
@@ -54,7 +55,7 @@ def test_a_row_sum_and_its_derivatives_are_those_of_a_sum(shape, dtype, alone):
 
     for ours, plain in zip(pulled(jax.jit(row_sum)), pulled(lambda x: jnp.sum(x, -1)), strict=True):
         assert (ours.shape, ours.dtype) == (plain.shape, plain.dtype)
-        np.testing.assert_allclose(ours.astype("float32"), plain.astype("float32"), **tolerance)
+        np.testing.assert_allclose(np.asarray(ours, np.float64), np.asarray(plain, np.float64), **tolerance)
 
 
 def test_a_row_sum_under_vmap_and_shard_map(alone):
@@ -62,8 +63,12 @@ def test_a_row_sum_under_vmap_and_shard_map(alone):
         moved = jnp.moveaxis(X, 0, axis)
         np.testing.assert_allclose(jax.jit(jax.vmap(row_sum, axis))(moved), jnp.sum(X, -1), 1e-5, 1e-6)
     mesh = jax.make_mesh((3,), ("rows",), axis_types=(AxisType.Auto,))
-    split = jax.shard_map(row_sum, mesh=mesh, in_specs=PartitionSpec("rows"), out_specs=PartitionSpec("rows"))
-    np.testing.assert_allclose(jax.jit(split)(X), jnp.sum(X, -1), 1e-5, 1e-6)
+    rows = PartitionSpec("rows")
+    for check in (True, False):
+        split = jax.shard_map(row_sum, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=check)
+        sums, pull = jax.vjp(jax.jit(split), X)
+        np.testing.assert_allclose(sums, jnp.sum(X, -1), 1e-5, 1e-6)
+        np.testing.assert_array_equal(*pull(jnp.sin(sums)), jnp.broadcast_to(jnp.sin(sums)[..., None], X.shape))
 
 
 def draw(classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
