@@ -15,6 +15,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array, Integer
 
+from jaxloss._checks import Size
+
 
 class _CheckedTargets(Primitive):
     multiple_results = True
@@ -31,7 +33,7 @@ _checked_targets.def_abstract_eval(lambda targets, **_: [targets])
 mlir.register_lowering(_checked_targets, lambda _, targets, **__: [targets])
 
 
-def checked_targets(targets: Integer[Array, "..."], classes: int, ignore_index: int) -> Integer[Array, "..."]:
+def checked_targets(targets: Integer[Array, "..."], classes: Size, ignore_index: int) -> Integer[Array, "..."]:
     """The targets; under `checkify`, an error naming one that is neither a class nor `ignore_index`."""
     check = partial(_check, classes=classes, ignore_index=ignore_index)
     jaxpr = jax.make_jaxpr(check)(targets)
@@ -39,7 +41,7 @@ def checked_targets(targets: Integer[Array, "..."], classes: int, ignore_index: 
     return checked
 
 
-def _check(targets: Integer[Array, "..."], *, classes: int, ignore_index: int) -> Integer[Array, "..."]:
+def _check(targets: Integer[Array, "..."], *, classes: Size, ignore_index: int) -> Integer[Array, "..."]:
     wrong = (targets != ignore_index) & ((targets < 0) | (targets >= classes))
     lowest = jnp.iinfo(targets.dtype).min
     a_wrong_target = jnp.max(jnp.where(wrong, targets, lowest), initial=lowest)
@@ -47,7 +49,7 @@ def _check(targets: Integer[Array, "..."], *, classes: int, ignore_index: int) -
     return targets
 
 
-def _batch(arguments: tuple, dimensions: tuple, *, classes: int, ignore_index: int, **_: Any) -> tuple[list, tuple]:
+def _batch(arguments: tuple, dimensions: tuple, *, classes: Size, ignore_index: int, **_: Any) -> tuple[list, tuple]:
     return [checked_targets(arguments[0], classes, ignore_index)], dimensions
 
 

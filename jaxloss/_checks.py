@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 Shaped = Array | jax.ShapeDtypeStruct
+Size = Any  # of an array's axis: int, or symbolic as in `jax.export`
 _REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -113,7 +114,7 @@ def fraction(name: str, argument: str, value: Any, upper: float) -> Any:
     return number or None
 
 
-def weight(name: str, weight: Any, classes: int) -> Array | None:
+def weight(name: str, weight: Any, classes: Size) -> Array | None:
     """Class weights of shape (classes,)."""
     if weight is None:
         return None
@@ -215,7 +216,7 @@ def _index_shape(name: str, shape: tuple, values: Shaped, argument: str, axis: i
     return rows
 
 
-def _in_range(targets: jax.Array | np.ndarray, classes: int, ignore_index: int) -> None:
+def _in_range(targets: jax.Array | np.ndarray, classes: Size, ignore_index: int) -> None:
     if isinstance(targets, jax.core.Tracer) or (isinstance(targets, jax.Array) and not targets.is_fully_addressable):
         return
     values = np.asarray(targets)
@@ -226,10 +227,10 @@ def _in_range(targets: jax.Array | np.ndarray, classes: int, ignore_index: int) 
         raise IndexError(f"Target {wrong[0]} is out of bounds.")
 
 
-def broadcastable(name: str, *shapes: tuple[int, ...]) -> None:
+def broadcastable(name: str, *shapes: tuple[Any, ...]) -> None:
     """Shapes that NumPy's rules combine."""
     try:
-        np.broadcast_shapes(*shapes)
+        jnp.broadcast_shapes(*shapes)
     except ValueError as error:
         raise ValueError(
             f"{name}: log_probs and targets must have shapes that broadcast, got {shapes[0]} and {shapes[1]}."

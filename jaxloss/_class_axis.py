@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
+from jaxloss._checks import Size
 from jaxloss._halves import zero_unless
 from jaxloss._row_sums import SHORT, row_sum
 
@@ -36,7 +37,7 @@ class ClassAxis(NamedTuple):
         """The mesh axes' names."""
         return (self.mesh_axis,) if isinstance(self.mesh_axis, str) else self.mesh_axis or ()
 
-    def size(self, x: Array) -> int:
+    def size(self, x: Array) -> Size:
         """The number of classes over all shards."""
         return x.shape[self.position] * math.prod(lax.axis_size(name) for name in self.mesh_axes)
 
@@ -73,7 +74,7 @@ class ClassAxis(NamedTuple):
 
     def is_whole_on_cpu(self, x: Array) -> bool:
         """Whether a CPU has all classes, as far as tracing tells."""
-        return self.mesh_axis is None and not on_explicit_mesh(x) and jax.default_backend() == "cpu"
+        return self.mesh_axis is None and not on_explicit_mesh(x) and on_cpu()
 
     def of_cast(self, narrow: Array, dtype: jnp.dtype, least: int = 0) -> "ClassAxis":
         """This axis of `narrow` cast to `dtype`.
@@ -99,12 +100,11 @@ class ClassAxis(NamedTuple):
         the classes the blocks are as long as they can be and no class is left over, so that few or none are moved.
         """
         arrays, classes = (x, *others), x.shape[self.position]
-        alone = jax.device_count() == 1
-        longest = SHORT if alone else LONG_ROW
+        longest = SHORT if alone() else LONG_ROW
         if not self.has_whole_rows_on_cpu(x) or not isinstance(classes, int) or classes <= longest:
             return self.sum(terms(*arrays))
         divisors = (size for size in range(longest, SHORT_BLOCK - 1, -1) if classes % size == 0)
-        block = next(divisors, SHORT_BLOCK if alone else classes)
+        block = next(divisors, SHORT_BLOCK if alone() else classes)
         count, rest = divmod(classes, block)
 
         def blocks(x: Array) -> Array:
@@ -136,13 +136,13 @@ class ClassAxis(NamedTuple):
         is_top = (top == lax.pmax(top, self.mesh_axis)) | jnp.isnan(top)
         return lax.pmin(jnp.where(is_top, first + lax.axis_index(self.mesh_axis) * classes, nowhere), self.mesh_axis)
 
-    def local(self, targets: Integer[Array, "..."], classes: int) -> Integer[Array, "..."]:
+    def local(self, targets: Integer[Array, "..."], classes: Size) -> Integer[Array, "..."]:
         """Class indices counted from the first of this shard's `classes` classes."""
         if self.mesh_axis is None:
             return targets
         return targets - (lax.axis_index(self.mesh_axis) * classes).astype(targets.dtype)
 
-    def from_owner(self, values: Float[Array, "..."], local: Array, classes: int) -> Float[Array, "..."]:
+    def from_owner(self, values: Float[Array, "..."], local: Array, classes: Size) -> Float[Array, "..."]:
         """Values read at `local` indices, from the shard that has that class."""
         if self.mesh_axis is None:
             return values
@@ -161,7 +161,9 @@ class ClassAxis(NamedTuple):
         the array in memory.
         """
         stored = x.dtype.itemsize > 2 and not self.lean
-        return stored and self.mesh_axis is None and not on_explicit_mesh(x) and x.shape[self.position] >= 64
+        classes = x.shape[self.position]
+        many = isinstance(classes, int) and classes >= 64
+        return stored and many and self.mesh_axis is None and not on_explicit_mesh(x)
 
     def without_target(self, x: Float[Array, "..."], targets: Integer[Array, "..."]) -> Float[Array, "..."]:
         """`x` with 0 at each row's target; where the target is out of range, at any class or none."""
@@ -233,6 +235,18 @@ def _pick_masked(
         mask |= axis.expand((targets < 0) | (targets >= axis.size(x)))
     explicit = on_explicit_mesh(x) or on_explicit_mesh(mask)
     return axis.sum(jnp.where(mask, x, 0) if explicit else zero_unless(mask, x))
+
+
+def on_cpu() -> bool:
+    """Whether programs are for a CPU, as far as tracing tells: `jax.export` for another platform does not."""
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return (getattr(device, "platform", device) or jax.default_backend()) == "cpu"
+
+
+def alone() -> bool:
+    """Whether there is one device only, so that none can have a part of an array, as far as tracing tells."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 and (mesh.empty or mesh.size == 1)
 
 
 def has_at_least(elements: int, x: Array) -> bool:

@@ -14,7 +14,7 @@ from jaxloss import _checks
 from jaxloss._class_axis import ClassAxis, apart
 from jaxloss._halves import cast
 from jaxloss._log_probs import expected_log_prob, target_log_prob
-from jaxloss._log_softmax import ROWS, accumulator, from_rows
+from jaxloss._log_softmax import ROWS, accumulator_dtype, from_rows
 from jaxloss._nll import Reduction, reduce_rows, weigh_rows
 
 # Elements from which on exponentials in float32, for the gradient of bfloat16, are not stored: these would take fresh
@@ -136,14 +136,14 @@ def _cross_entropy(
     dtype: jnp.dtype,
 ) -> Float[Array, "..."]:
     targets, weight = _as_split(axis, logits, targets, weight)
-    wide = _checks.promote(accumulator(logits).dtype, dtype)
+    wide = _checks.promote(accumulator_dtype(logits), dtype)
     label_smoothing, z_loss = (None if x is None else jnp.asarray(x, wide) for x in (label_smoothing, z_loss))
     options = (weight, label_smoothing, z_loss)
     # What is kept for the gradient besides rows: logits and targets as they came, not what is made of them.
     if jnp.issubdtype(targets.dtype, jnp.floating):
         losses = from_rows(_probability_losses, static_argnums=(0, 3))(axis, logits, targets, wide, *options)
         # PyTorch counts the rows as elements / classes, so that the mean over no classes is NaN.
-        row_weights = jnp.full_like(losses, min(logits.shape[axis.position], 1))
+        row_weights = jnp.full_like(losses, logits.shape[axis.position] != 0)
         (loss,) = reduce_rows([losses], row_weights, reduction)
         return loss.astype(dtype)
     index_loss = from_rows(_index_loss, static_argnums=(0, 2, 7, 8))

@@ -36,7 +36,9 @@ def on_shards(
     }
     given = {name: jnp.asarray(x) for name, x in arrays._asdict().items() if x is not None}
     specs = {name: specs.get(name, P()) for name in given}
-    settings = settings._replace(class_axis_name=classes, token_axis_names=token_axes)
+    # Inside a `shard_map` over other axes the classes may be split already.
+    class_axis_name = (*settings.axis.mesh_axes, *class_axes) or None
+    settings = settings._replace(class_axis_name=class_axis_name, token_axis_names=token_axes)
     return jax.shard_map(
         lambda shards: function(settings, Arrays(**shards)),
         mesh=mesh,

@@ -15,7 +15,7 @@ from jaxloss._class_axis import ClassAxis
 from jaxloss._cross_entropy import losses_of_rows
 from jaxloss._explicit_mesh import on_shards
 from jaxloss._halves import cast
-from jaxloss._log_softmax import accumulator
+from jaxloss._log_softmax import accumulator, accumulator_dtype
 from jaxloss._nll import Reduction, weigh_rows
 from jaxloss._slabs import (
     SCALARS,
@@ -132,6 +132,9 @@ def linear_cross_entropy(
 def _linear_cross_entropy(
     arrays: Arrays, *, settings: Settings, reduction: Reduction, dtype: jnp.dtype
 ) -> Float[Array, "..."]:
+    if _checks.promote(accumulator_dtype(arrays.inputs), dtype) != accumulator_dtype(arrays.inputs):  # float64
+        arrays = arrays._replace(inputs=cast(arrays.inputs, dtype), linear_weight=cast(arrays.linear_weight, dtype))
+
     def local(settings: Settings, arrays: Arrays) -> Float[Array, "..."]:
         flat = varying_alike(settings, arrays.flat())
         if reduction == "none":
@@ -150,10 +153,10 @@ def _mean_of(settings: Settings, arrays: Arrays) -> tuple[Float[Array, ""], Floa
 
     The sum of the kept targets' class weights, or the number of rows.
     """
-    dtype = accumulator(arrays.inputs[:0]).dtype
+    dtype = accumulator_dtype(arrays.inputs)
     if arrays.soft:
         shards = math.prod(lax.axis_size(name) for name in settings.token_axis_names)
-        rows = math.prod((shards, arrays.inputs.shape[0], *arrays.inner))
+        rows = math.prod((shards, arrays.inputs.shape[0], *arrays.inner)) if arrays.linear_weight.shape[0] else 0
         return jnp.asarray(max(rows, 1), dtype), jnp.asarray(0 if rows else jnp.nan, dtype)
     axis = ClassAxis(0, settings.class_axis_name)
     classes = axis.size(arrays.linear_weight)
@@ -217,7 +220,7 @@ def _total_and_gradients(settings: Settings, arrays: Arrays) -> tuple[Array, Arr
     None for what has no gradient. They are divided in the slabs, since XLA would keep them twice to do it afterwards;
     but not with float16 inputs: as an operand of the products a small divided gradient falls out of that range.
     """
-    dtype = accumulator(arrays.inputs[:0]).dtype
+    dtype = accumulator_dtype(arrays.inputs)
     named = ((name, getattr(arrays, name)) for name in ("weight", *SCALARS))
     shared = {name: jnp.asarray(value).astype(dtype) for name, value in named if value is not None}
     matrix = arrays.matrix()
@@ -239,7 +242,7 @@ def _total_and_gradients(settings: Settings, arrays: Arrays) -> tuple[Array, Arr
         half = cast(flat, part.inputs.dtype)  # the products take operands of the inputs' dtype
         carry = (
             total + value,
-            add_product(dmatrix, half, part.inputs, total_is_zero=real.size >= len(arrays.inputs)),
+            add_product(dmatrix, half, part.inputs, total_is_zero=real.size >= arrays.inputs.shape[0]),
             dbias + jnp.sum(flat, 0),
             jax.tree.map(jnp.add, dshared, more),
         )

@@ -114,8 +114,9 @@ def _linear_log_prob(arrays: Arrays, *, settings: Settings) -> LinearLogProb:
 
 def _slab(settings: Settings, _: None, part: Arrays, real: Bool[Array, " tokens"]) -> tuple[None, LinearLogProb]:
     logits = soft_cap(project(part), part.logit_softcap)
-    logits = logits if part.temperature is None else logits / part.temperature
-    kept = (part.targets != settings.ignore_index) & real.reshape(real.size, *[1] * len(part.inner))
+    if part.temperature is not None:
+        logits /= jnp.asarray(part.temperature, logits.dtype)
+    kept = part.targets != settings.ignore_index
     losses = losses_of_rows(settings.axis, logits, part.targets, None, None, None, settings.ignore_index)
     return None, LinearLogProb(
         jnp.where(kept, -losses, 0), entropy(settings.axis, logits, kept), settings.axis.argmax(logits)

@@ -88,7 +88,8 @@ def _sum_others(
         source, top = lax.optimization_barrier((narrow, top))
     shape = [1] * logits.ndim
     shape[axis.position] = classes = logits.shape[axis.position]
-    inexact = classes * jnp.finfo(top.dtype).eps >= 1  # class indices in this dtype
+    # Class indices in this dtype; a symbolic number of `jax.export` may be any.
+    inexact = not isinstance(classes, int) or classes * jnp.finfo(top.dtype).eps >= 1
     selects = inexact or axis.has_whole_rows_on_cpu(logits)
     local = axis.local(targets, classes).astype(targets.dtype if selects else top.dtype)
     index = lax.broadcasted_iota(local.dtype, shape, axis.position)
@@ -212,7 +213,7 @@ def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def entropy(axis: ClassAxis, logits: Float[Array, "..."], kept: Bool[Array, "..."]) -> Float[Array, "..."]:
     """-Σ p log p of each row's softmax; 0 with derivative 0 in rows that are not kept."""
-    log_probs, _ = log_softmax_core(axis, logits, logits, logits.dtype)
+    log_probs = log_softmax_core(axis, logits, logits, logits.dtype)
     probs = jnp.exp(log_probs)
     return jnp.where(kept, -axis.sum(probs * jnp.where(probs == 0, 0, log_probs)), 0)
 
@@ -221,8 +222,9 @@ def entropy(axis: ClassAxis, logits: Float[Array, "..."], kept: Bool[Array, "...
 def _entropy_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     logits, kept = primals
     value = entropy(axis, logits, kept)
-    log_probs, _ = log_softmax_core(axis, logits, logits, logits.dtype)
+    log_probs = log_softmax_core(axis, logits, logits, logits.dtype)
     probs = jnp.exp(log_probs)
     # d(-Σ p log p) = -Σ p (log p + H) dz: no 1 to add and take away, so that confident rows keep their digits.
     slope = probs * (jnp.where(probs == 0, 0, log_probs) + axis.expand(value))
-    return value, -axis.sum(slope * jnp.where(axis.expand(kept), tangents[0], 0))
+    rows = axis.expand(kept)
+    return value, -axis.sum(jnp.where(rows, slope, 0) * jnp.where(rows, tangents[0], 0))

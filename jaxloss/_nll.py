@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num
 
 from jaxloss import _checks
 from jaxloss._checked_targets import checked_targets
+from jaxloss._checks import Size
 from jaxloss._class_axis import ClassAxis, has_at_least, on_explicit_mesh
 from jaxloss._log_softmax import accumulator
 
@@ -98,7 +99,7 @@ def _nll_loss(
 
 def weigh_rows(
     axis: ClassAxis,
-    classes: int,
+    classes: Size,
     targets: Integer[Array, "..."],
     weight: Num[Array, " classes"] | None,
     ignore_index: int,
@@ -121,11 +122,12 @@ def _weight_at(
     weight = weight.astype(dtype)
     if weight.size == 0:
         return jnp.full(targets.shape, jnp.nan, dtype)
-    if on_explicit_mesh(weight) or on_explicit_mesh(targets):  # a gather is ambiguous there, more so under vmap
-        chosen = lax.broadcasted_iota(targets.dtype, (*targets.shape, weight.size), targets.ndim) == targets[..., None]
-        return jnp.sum(jnp.where(chosen, weight, 0), -1)
     local = axis.local(targets, weight.size)
-    values = weight.at[jnp.clip(local, 0, weight.size - 1)].get(mode="promise_in_bounds")
+    if on_explicit_mesh(weight) or on_explicit_mesh(targets):  # a gather is ambiguous there, more so under vmap
+        chosen = lax.broadcasted_iota(local.dtype, (*local.shape, weight.size), local.ndim) == local[..., None]
+        values = jnp.sum(jnp.where(chosen, jnp.expand_dims(weight, range(local.ndim)), 0), -1)
+    else:
+        values = weight.at[jnp.clip(local, 0, weight.size - 1)].get(mode="promise_in_bounds")
     return axis.from_owner(values, local, weight.size)
 
 

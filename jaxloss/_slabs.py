@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num, Shaped
 
-from jaxloss import _checks
-from jaxloss._class_axis import ClassAxis, MeshAxes, has_at_least
-from jaxloss._log_softmax import accumulator
+from jaxloss._class_axis import ClassAxis, MeshAxes, alone, has_at_least, on_cpu
+from jaxloss._log_softmax import accumulator_dtype
 
 PIECE, MOST_PIECES = 2**21, 8  # elements of a product made at once, unless that takes more pieces: `add_product`
 
@@ -99,7 +98,7 @@ def _vary(x: Shaped[Array, "..."], axes: frozenset[str]) -> Shaped[Array, "..."]
 def zeros(shape: tuple[Any, ...], inputs: Array, *others: Array) -> Float[Array, "..."]:
     """Zeros in the accumulator's dtype that, inside `shard_map`, vary as these arrays together."""
     axes = frozenset[str]().union(*(_varying(x) for x in (inputs, *others)))
-    return _vary(jnp.zeros(shape, accumulator(inputs[:0]).dtype), axes)
+    return _vary(jnp.zeros(shape, accumulator_dtype(inputs)), axes)
 
 
 def project(arrays: Arrays) -> Float[Array, "..."]:
@@ -111,7 +110,7 @@ def project(arrays: Arrays) -> Float[Array, "..."]:
 
 def dot(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> Float[Array, "..."]:
     """A matrix product of the operands as they are, accumulated in float32 or better."""
-    return lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=accumulator(a[:0, :0]).dtype)
+    return lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=accumulator_dtype(a))
 
 
 def add_product(
@@ -126,8 +125,7 @@ def add_product(
     CPU stores a product before it adds it, unless it adds it to zeros: there it is one piece of the classes after the
     other, unless several devices may have split them.
     """
-    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
-    if total_is_zero or not alone or not has_at_least(2 * PIECE, total):
+    if total_is_zero or not (on_cpu() and alone()) or not has_at_least(2 * PIECE, total):
         return total + dot(a, b, ((0,), (0,)))
     classes = total.shape[0]
     pieces = min(total.size // PIECE, MOST_PIECES, classes)
@@ -144,7 +142,10 @@ def add_product(
 
 def soft_cap(logits: Float[Array, "..."], cap: Float[Array, ""] | float | None) -> Float[Array, "..."]:
     """The logits z as c · tanh(z / c), or as they are."""
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
+    if cap is None:
+        return logits
+    cap = jnp.asarray(cap, logits.dtype)
+    return cap * jnp.tanh(logits / cap)
 
 
 Step = Callable[[Any, Arrays, Bool[Array, " tokens"]], tuple[Any, Any]]
@@ -154,10 +155,12 @@ def scan(settings: Settings, step: Step, start: Any, arrays: Arrays) -> tuple[An
     """`lax.scan` over slabs: `step(carry, the slab's arrays, which tokens are real)` to carry and outputs by token.
 
     A slab takes every so many-th token, so that each shard of an automatically split token axis has its part in it.
-    Where slabs and tokens do not fit, the last slabs are padded with ignored tokens.
+    Where slabs and tokens do not fit, the last slabs are padded with ignored tokens. A symbolic number of tokens is one
+    slab.
     """
     tokens = arrays.inputs.shape[0]
-    size, slabs = slab_shape(tokens, _tokens_within(settings.memory_budget, arrays))
+    symbolic = not isinstance(tokens, int)  # as in `jax.export`
+    size, slabs = (tokens, 1) if symbolic else slab_shape(tokens, _tokens_within(settings.memory_budget, arrays))
 
     def cut(x: Shaped[Array, "..."], filler: int = 0) -> Shaped[Array, "..."]:
         padding = [(0, size * slabs - tokens), *[(0, 0)] * (x.ndim - 1)]
@@ -185,11 +188,10 @@ def _tokens_within(budget: int | None, arrays: Arrays) -> int:
     By default on CPU 128 MiB, but at least 128 tokens, since each slab reads and writes the weight's whole gradient;
     1 GiB elsewhere, where products are to be large.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    buffers = 2 if on_cpu else 3  # of logits, exponentials and gradient: what XLA holds at once
-    itemsize = _checks.promote(arrays.inputs.dtype, jnp.float32).itemsize
+    buffers = 2 if on_cpu() else 3  # of logits, exponentials and gradient: what XLA holds at once
+    itemsize = accumulator_dtype(arrays.inputs).itemsize
     bytes_per_token = max(1, buffers * itemsize * math.prod(arrays.linear_weight.shape[:-1]))
-    if budget is None and on_cpu:
+    if budget is None and on_cpu():
         return max(128, 128 * 2**20 // bytes_per_token)
     return max(1, (budget or 2**30) // bytes_per_token)
 

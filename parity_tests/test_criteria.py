@@ -1,11 +1,14 @@
 """The criteria as objects: frozen, printable, pytrees whose only leaf is the weight."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxloss
 
@@ -44,4 +47,28 @@ def test_criterion_is_frozen_and_shows_its_options():
         criterion.reduction = "mean"
     assert "reduction='sum'" in repr(criterion)
     assert "z_loss=0.0001" in repr(criterion)
-    assert repr(jaxloss.LogSoftmax(axis=1)) == "LogSoftmax(axis=1)"
+    assert repr(jaxloss.LogSoftmax(axis=1)) == "LogSoftmax(axis=1, dtype=None)"
+
+
+@pytest.mark.parametrize(
+    ("criterion", "function"),
+    [
+        (jaxloss.CrossEntropyLoss, jaxloss.cross_entropy),
+        (jaxloss.NLLLoss, jaxloss.nll_loss),
+        (jaxloss.LogSoftmax, jaxloss.log_softmax),
+    ],
+)
+def test_criterion_has_every_option_of_its_function_with_its_default(criterion, function):
+    options = inspect.signature(function).parameters.values()
+    expected = {each.name: each.default for each in options if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert {field.name: field.default for field in dataclasses.fields(criterion)} == expected
+
+
+def test_criterion_passes_its_dtype_and_its_mesh_axis_on():
+    halves = LOGITS.astype(jnp.bfloat16)
+    assert jaxloss.LogSoftmax(dtype="float32")(halves).dtype == jnp.float32
+    assert jaxloss.CrossEntropyLoss(dtype="float32")(halves, TARGETS).dtype == jnp.float32
+    mesh = jax.make_mesh((3,), ("classes",), axis_types=(AxisType.Auto,))
+    criterion = jaxloss.CrossEntropyLoss(class_axis_name="classes")
+    split = jax.shard_map(criterion, mesh=mesh, in_specs=(P(None, "classes"), P()), out_specs=P())
+    np.testing.assert_allclose(jax.jit(split)(LOGITS, TARGETS), jaxloss.CrossEntropyLoss()(LOGITS, TARGETS), rtol=1e-6)

@@ -16,6 +16,7 @@ from jax import export
 
 import jaxloss
 from jaxloss import _slabs
+from jaxloss._class_axis import on_cpu
 from parity_tests.gates import HALF_UNIT, assert_errors_within_ratio, assert_float64_close, relative_l2
 from parity_tests.losses import round_to, to_torch
 
@@ -310,6 +311,14 @@ def test_default_slabs_are_large_enough_for_the_products(monkeypatch, backend, c
     assert max(int(n) for n in re.findall(rf"-> tensor<(\d+)x{classes}xf32>", text)) == expected
 
 
+def test_a_default_device_tells_what_programs_are_for(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not on_cpu()
+    for device in ("cpu", jax.devices("cpu")[0]):
+        with jax.default_device(device):
+            assert on_cpu()
+
+
 def test_tracing_at_a_billion_tokens_and_a_million_classes_allocates_nothing():
     lowered = value_and_grad(10**9, 8, 10**6)
     assert lowered.out_info[1][0].shape == (10**9, 8)
@@ -473,9 +482,43 @@ def test_no_features_no_classes_and_one_class_are_as_in_cross_entropy(features, 
     def evaluate(loss):
         return jax.value_and_grad(lambda x, w: jnp.sum(loss(x, w)), (0, 1))(x, w)
 
-    ours = evaluate(lambda x, w: jaxloss.linear_cross_entropy(x, w, t, reduction=reduction, memory_budget=1))
-    whole = evaluate(lambda x, w: jaxloss.cross_entropy(x @ w.T, t, reduction=reduction))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), ours, whole)
+    for targets in (t, jnp.full((3, classes), 1 / max(classes, 1))):
+        options = {"targets": targets, "reduction": reduction}
+        ours = evaluate(lambda x, w, o=options: jaxloss.linear_cross_entropy(x, w, memory_budget=1, **o))
+        whole = evaluate(lambda x, w, o=options: jaxloss.cross_entropy(x @ w.T, **o))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), ours, whole)
+
+
+def test_wider_targets_and_options_widen_what_they_do_in_cross_entropy(x64):
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=(rows, 4)), jnp.float32) for rows in (6, 9))
+    soft = jnp.asarray(rng.dirichlet(np.ones(9), 6))
+
+    def with_gradients(loss, *rest):
+        return jax.value_and_grad(loss, tuple(range(len(rest) + 2)))(x, w, *rest)
+
+    value, gradients = with_gradients(jaxloss.linear_cross_entropy, soft)
+    exact, _ = with_gradients(lambda x, w, t: jaxloss.cross_entropy((x.astype(float) @ w.T.astype(float)), t), soft)
+    assert value.dtype == jnp.float64
+    np.testing.assert_allclose(value, exact, rtol=1e-14)
+    assert [gradient.dtype for gradient in gradients] == ["float32", "float32", "float64"]
+    assert jaxloss.linear_cross_entropy(x, w, soft.astype("float32"), dtype="float64").dtype == jnp.float64
+    labels = jnp.arange(6)
+    for reduction in ("mean", "none"):
+        capped = jax.jit(partial(jaxloss.linear_cross_entropy, reduction=reduction))
+        narrow, wide = (capped(x, w, labels, logit_softcap=jnp.asarray(2.0, d)) for d in ("float32", "float64"))
+        assert narrow.dtype == wide.dtype == jnp.float32
+        np.testing.assert_array_equal(narrow, wide)
+    found = jax.jit(jaxloss.linear_log_prob)(
+        x, w, labels, temperature=jnp.asarray(2.0, "float64"), logit_softcap=jnp.asarray(2.0, "float64")
+    )
+    assert found.log_prob.dtype == found.entropy.dtype == jnp.float32
+
+
+def test_integer_class_weights_are_those_of_floats():
+    x, w, t = jnp.ones((6, 4)), jnp.ones((9, 4)), jnp.arange(6)
+    step = jax.grad(lambda x, weight: jaxloss.linear_cross_entropy(x, w, t, weight=weight))
+    np.testing.assert_array_equal(step(x, jnp.arange(1, 10)), step(x, jnp.arange(1.0, 10)))
 
 
 @pytest.mark.parametrize("leading", [(), (7,), (2, 3), (2, 0)])

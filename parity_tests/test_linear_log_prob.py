@@ -139,6 +139,9 @@ def test_ignored_tokens_are_zero_even_with_nan_inputs():
     assert not np.signbit(found.log_prob[3])
     assert not np.any(gradient[3])
     assert np.isfinite(gradient).all()
+    for tangent in jax.jvp(lambda x: total(x)[1][:2], (arrays["inputs"],), (jnp.ones_like(arrays["inputs"]),))[1]:
+        assert tangent[3] == 0
+        assert np.isfinite(tangent).all()
 
 
 def test_edge_values():

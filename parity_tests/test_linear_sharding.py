@@ -209,7 +209,7 @@ def test_readme_step_trains_on_one_device_and_on_an_explicit_mesh():
         "bias": jnp.zeros(CLASSES),
         "hidden": jnp.asarray(rng.normal(size=(4, 16, FEATURES)), jnp.float32),
         "labels": jnp.asarray(rng.integers(0, CLASSES, (4, 16))),
-    } | {"jax": jax, "jnp": jnp, "jaxloss": jaxloss, "optax": optax, "partial": partial, "P": P}
+    } | {"jax": jax, "jnp": jnp, "jaxloss": jaxloss, "optax": optax}
     names["optimizer"] = optax.sgd(0.1)  # Adam would magnify rounding
     exec(step.split("```")[0], names)  # ours: the blocks that readers run
     params = {"head": {"kernel": names["kernel"] + 0, "bias": names["bias"] + 0}}
@@ -217,6 +217,30 @@ def test_readme_step_trains_on_one_device_and_on_an_explicit_mesh():
     exec(many.split("```")[0], names)
     assert jax.typeof(names["params"]["head"]["kernel"]).sharding.spec == P(None, "model")
     assert_trees_close((names["params"], names["loss"]), (single[0], single[2]))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("split_tokens", [False, True])
+def test_shard_map_over_the_classes_alone_on_an_explicit_mesh(split_tokens, check_vma):
+    x, w, _, weight, t = draw("index")
+    losses = {
+        "linear": lambda x, w, c, t, **o: jaxloss.linear_cross_entropy(x, w, t, weight=c, reduction="sum", **o),
+        "logits": lambda x, w, c, t, **o: jaxloss.cross_entropy(x @ w.T, t, weight=c, reduction="sum", **o),
+        "log_prob": lambda x, w, c, t, **o: jnp.sum(jaxloss.linear_log_prob(x, w, t, **o).log_prob),
+    }
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        tokens = P("d") if split_tokens else P()
+        placed = (jax.device_put(x, tokens), w, weight, jax.device_put(t, tokens))
+        for loss in losses.values():
+            split = jax.shard_map(
+                partial(loss, class_axis_name="m"),
+                in_specs=(P(), P("m"), P("m"), P()),
+                out_specs=P(),
+                axis_names={"m"},
+                check_vma=check_vma,
+            )
+            np.testing.assert_allclose(jax.jit(split)(*placed), loss(x, w, weight, t), rtol=1e-5)
 
 
 def test_out_of_range_targets_on_an_explicit_mesh_are_nan():

@@ -168,6 +168,42 @@ def test_the_number_of_rows_may_be_symbolic(dtype, reduction):
         export.export(jax.jit(lambda z, y, loss=loss: jax.grad(lambda z: jnp.sum(loss(z, y)))(z)))(logits, targets)
 
 
+def three(x: jax.Array) -> jax.Array:
+    """The weight of three classes."""
+    return x[:1] * jnp.arange(3.0)[:, None]
+
+
+SYMBOLIC = {
+    "indices": (partial(jaxloss.cross_entropy, label_smoothing=0.1, z_loss=0.1), "logits", "labels"),
+    "probabilities": (partial(jaxloss.cross_entropy, label_smoothing=0.1), "logits", "logits"),
+    "rows": (partial(jaxloss.cross_entropy, reduction="none"), "logits", "labels"),
+    "nll_loss": (jaxloss.nll_loss, "logits", "labels"),
+    "log_softmax": (lambda z, _: jaxloss.log_softmax(z), "logits", "labels"),
+    "kl_div": (jaxloss.kl_div, "logits", "logits"),
+    "linear": (lambda x, y: jaxloss.linear_cross_entropy(x, three(x), y % 3), "logits", "labels"),
+    "linear, soft": (
+        lambda x, y: jaxloss.linear_cross_entropy(x, three(x), jax.nn.one_hot(y % 3, 3)),
+        "logits",
+        "labels",
+    ),
+    "linear_log_prob": (lambda x, y: jaxloss.linear_log_prob(x, three(x), y % 3).entropy, "logits", "labels"),
+}
+
+
+@pytest.mark.parametrize("shape", ["rows, 70", "5, classes", "rows, classes"])
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_one_exported_program_serves_every_number_of_rows_and_classes(name, shape):
+    loss, *kinds = SYMBOLIC[name]
+    symbolic = export.symbolic_shape(shape)
+    rng = np.random.default_rng(0)
+    values = {"logits": rng.random((5, 70)).astype(np.float32), "labels": rng.integers(0, 70, 5).astype(np.int32)}
+    step = jax.jit(lambda z, y: (loss(z, y), jax.grad(lambda z: jnp.sum(loss(z, y)))(z)))
+    shapes = {"logits": symbolic, "labels": symbolic[:1]}
+    exported = export.export(step)(*(jax.ShapeDtypeStruct(shapes[kind], values[kind].dtype) for kind in kinds))
+    arguments = [values[kind] for kind in kinds]
+    close(exported.call(*arguments), step(*arguments))
+
+
 @pytest.mark.parametrize("name", ["label_smoothing", "z_loss"])
 def test_traced_options_equal_concrete_ones_and_never_recompile(name):
     logits, targets = jax.random.normal(jax.random.key(0), (ROWS, CLASSES)), jnp.arange(ROWS)

@@ -332,7 +332,7 @@ FAULTS = {
         torch.optim.Adagrad, optax.adagrad(1e-2, eps=1e-10), "initial_accumulator_value is 0.1"
     ),
     "learning rate": optimizer(torch.optim.SGD, optax.sgd(0.07), "times 0.7", lr=0.1),
-    "schedule one step early": optimizer(
+    "a schedule that PyTorch lacks": optimizer(
         torch.optim.SGD, optax.sgd(lambda count: 0.1 * 0.5 ** (count // 2)), "times 0.5", step=3, lr=0.1
     ),
     "gradients clipped": optimizer(
@@ -356,7 +356,7 @@ def row(name: str) -> str:
     assert first.place == fault.place
     assert fault.says in first.diagnosis + first.problem
     assert fault.kind in (None, first.kind)
-    return f"| {name} | {fault.case} | {first.place} | {first.kind or 'missing'} | {first.diagnosis or first.problem} |"
+    return f"| {name} | {fault.case} | {first.place} | {first.kind or '-'} | {first.diagnosis or first.problem} |"
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxloss.parity._assert_close import assert_close
+    from jaxloss.parity._findings import Finding
     from jaxloss.parity._replay import replay
     from jaxloss.parity._report import Report
     from jaxloss.parity._with_torch import check, record
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from jaxloss.parity.weights import load_torch, to_torch, weight_map
 
 __all__ = [
+    "Finding",
     "Report",
     "assert_close",
     "check",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Finding": "_findings",
     "Report": "_report",
     "assert_close": "_assert_close",
     "check": "_with_torch",

@@ -50,7 +50,11 @@ def _matmul() -> Iterator[Row]:
     }.items():
         error = float(np.linalg.norm(product - exact) / np.linalg.norm(exact))
         lossy = error > 1e-5
-        remark = "TF32 or bfloat16 inside: set jax.default_matmul_precision('highest')" if lossy else "float32 inside"
+        remark = (
+            "TF32 or bfloat16 inside: jax.config.update('jax_default_matmul_precision', 'highest') helps"
+            if lossy
+            else "float32 inside"
+        )
         yield name, f"off by {error:.1e}", remark
 
 

@@ -16,19 +16,33 @@ SAMPLE = 2**18  # elements of a large array that are compared again, wrong
 
 @dataclass
 class Finding:
-    """One comparison of one array: where, what, and how it came out."""
+    """One comparison of one array: where, what, and how it came out.
 
-    place: str  # a layer's name, or an edge: "between layer2 and fc"
-    quantity: str  # "output", "gradient of input", …
+    Attributes:
+        place: a layer's name, or an edge: "between layer2 and fc".
+        quantity: "output", "gradient of input", …
+        dtype: in which it was computed.
+        error: the relative L2 distance.
+        bound: the largest error that passes.
+        problem: why nothing can be said of the error, in words; empty if something can.
+        negligible: whether it is next to nothing, and only held to be that.
+        kind: if it failed: semantic, precision, layout, scale or localised; empty where nothing could be compared.
+        diagnosis: the reason in one sentence, as far as it was found.
+        fix: the remedy.
+        detail: element by element; None of what has no elements in both, or only an image of them.
+    """
+
+    place: str
+    quantity: str
     dtype: str
-    error: float  # relative L2
+    error: float
     bound: float
     problem: str = ""
-    negligible: bool = False  # next to nothing, and only held to be that
-    kind: str = ""  # semantic, precision, layout, scale or localised, if it failed
-    diagnosis: str = ""  # one sentence
+    negligible: bool = False
+    kind: str = ""
+    diagnosis: str = ""
     fix: str = ""
-    detail: Detail | None = None  # element by element; None of what has no elements in both, or only an image of them
+    detail: Detail | None = None
 
     @property
     def ok(self) -> bool:

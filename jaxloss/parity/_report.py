@@ -19,14 +19,24 @@ NAMED = 6  # tensors of a place that a line names
 
 @dataclass
 class Report:
-    """The result of `check`."""
+    """The result of `check` and `replay`.
 
-    findings: list[Finding]  # in the order in which a difference would arise
+    Attributes:
+        findings: every comparison, in the order in which a difference would arise.
+        notes: what was not compared, and why.
+        weight_map: from the port's names of weights to PyTorch's.
+        noise: of each result in a rounded dtype, its relative distance from float64: the port's, PyTorch's.
+        controls: how many wrong arrays were refused, of how many.
+        weights_compared: whether the port came with weights; otherwise PyTorch's were copied.
+        background: what the page tells beside the comparisons.
+    """
+
+    findings: list[Finding]
     notes: list[str] = field(default_factory=list)
-    weight_map: dict[str, str] = field(default_factory=dict)  # the port's names → PyTorch's
-    noise: dict[str, tuple[float, float]] = field(default_factory=dict)  # float32 - float64: the port's, PyTorch's
-    controls: tuple[int, int] = (0, 0)  # wrong arrays refused, of how many
-    weights_compared: bool = True  # otherwise PyTorch's were copied
+    weight_map: dict[str, str] = field(default_factory=dict)
+    noise: dict[str, tuple[float, float]] = field(default_factory=dict)
+    controls: tuple[int, int] = (0, 0)
+    weights_compared: bool = True
     background: Background = field(default_factory=Background)
 
     @property
