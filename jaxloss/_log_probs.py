@@ -213,7 +213,7 @@ def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def entropy(axis: ClassAxis, logits: Float[Array, "..."], kept: Bool[Array, "..."]) -> Float[Array, "..."]:
     """-Σ p log p of each row's softmax; 0 with derivative 0 in rows that are not kept."""
-    log_probs = log_softmax_core(axis, logits, logits, logits.dtype)
+    log_probs, _ = log_softmax_core(axis, logits, logits, logits.dtype)
     probs = jnp.exp(log_probs)
     return jnp.where(kept, -axis.sum(probs * jnp.where(probs == 0, 0, log_probs)), 0)
 
@@ -222,7 +222,7 @@ def entropy(axis: ClassAxis, logits: Float[Array, "..."], kept: Bool[Array, "...
 def _entropy_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     logits, kept = primals
     value = entropy(axis, logits, kept)
-    log_probs = log_softmax_core(axis, logits, logits, logits.dtype)
+    log_probs, _ = log_softmax_core(axis, logits, logits, logits.dtype)
     probs = jnp.exp(log_probs)
     # d(-Σ p log p) = -Σ p (log p + H) dz: no 1 to add and take away, so that confident rows keep their digits.
     slope = probs * (jnp.where(probs == 0, 0, log_probs) + axis.expand(value))

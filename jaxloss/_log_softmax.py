@@ -61,13 +61,13 @@ def log_softmax(
 def _log_softmax(logits: Float[Array, "..."], *, axis: int) -> Float[Array, "..."]:
     if logits.size == 0 or logits.ndim == 0:
         return jnp.zeros_like(logits) * logits
-    if logits.dtype == _checks.promote(logits.dtype, jnp.float32):
-        return log_softmax_core(ClassAxis(axis), logits, logits, logits.dtype)
+    if logits.dtype == accumulator_dtype(logits):
+        return log_softmax_core(ClassAxis(axis), logits, logits, logits.dtype)[0]
 
     def of_half(logits: Float[Array, "..."]) -> Float[Array, "..."]:
         wide = accumulator(logits)
         class_axis = ClassAxis(axis).of_cast(logits, wide.dtype)
-        return log_softmax_core(class_axis, wide, logits, logits.dtype)
+        return log_softmax_core(class_axis, wide, logits, logits.dtype)[0]
 
     return from_rows(of_half)(logits)
 
@@ -125,8 +125,8 @@ def less_one(normalizer: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def log_softmax_core(
     axis: ClassAxis, logits: Float[Array, "..."], narrow: Float[Array, "..."], dtype: jnp.dtype
-) -> Float[Array, "..."]:
-    """Log-probabilities in `dtype`, of logits that were cast from `narrow`."""
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Log-probabilities in `dtype`, and each row's log Σ exp(logits - max), of logits that were cast from `narrow`."""
     source = axis.read(logits, narrow)  # not stopped: `linear_log_prob` would lose a second derivative
     top = checkpoint_name(axis.max(narrow).astype(logits.dtype), ROWS)
     normalizer = checkpoint_name(log_normalizer(axis, source, *apart(top, 2)), ROWS)
@@ -140,19 +140,22 @@ def _log_probs(
     logits: Float[Array, "..."],
     top: Float[Array, "..."],
     normalizer: Float[Array, "..."],
-) -> Float[Array, "..."]:
-    """Their derivatives are those of a function of the logits alone."""
-    return cast((logits - axis.expand(top)) - axis.expand(normalizer), dtype)
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Both results, whose derivatives are those of functions of the logits alone.
+
+    The second has no reader but the rule below: taken from the arguments there, it would be kept once more.
+    """
+    return cast((logits - axis.expand(top)) - axis.expand(normalizer), dtype), normalizer
 
 
 @_log_probs.defjvp
-def _log_probs_jvp(axis: ClassAxis, dtype: jnp.dtype, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    log_probs, normalizer = _log_probs(axis, primals[0].dtype, *primals), primals[2]
+def _log_probs_jvp(axis: ClassAxis, dtype: jnp.dtype, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    log_probs, normalizer = _log_probs(axis, primals[0].dtype, *primals)
 
     @partial(jax.checkpoint, prevent_cse=False)  # the residual is log_probs, not a second array of that size
     def tangent(
         log_probs: Float[Array, "..."], normalizer: Float[Array, "..."], dlogits: Float[Array, "..."]
-    ) -> Float[Array, "..."]:
+    ) -> tuple[Array, Array]:
         # Where 1 - p would lose digits it is written -expm1(log p), and the 1 is taken out first. The inner jit keeps
         # the transpose in that order: g - Σg vanishes exactly before p joins it.
         probs = jnp.exp(log_probs)
@@ -161,6 +164,6 @@ def _log_probs_jvp(axis: ClassAxis, dtype: jnp.dtype, primals: tuple, tangents: 
         at_likely = axis.sum(jnp.where(likely, dlogits, 0))
         rest = axis.sum(jnp.where(likely, probs - lax.stop_gradient(probs), probs) * dlogits)
         mean = less_one(normalizer) * at_likely + rest
-        return cast_sum(dtype, first, -axis.expand(ones), -axis.expand(mean))
+        return cast_sum(dtype, first, -axis.expand(ones), -axis.expand(mean)), axis.sum(probs * dlogits)
 
-    return cast(log_probs, dtype), tangent(log_probs, normalizer, tangents[0])
+    return (cast(log_probs, dtype), normalizer), tangent(log_probs, normalizer, tangents[0])
