@@ -41,4 +41,4 @@ copybutton_exclude = ".linenos, .gp, .go"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # shapes and dtypes are in the docstrings
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
-napoleon_use_rtype = False
+napoleon_use_rtype, napoleon_attr_annotations = False, False
