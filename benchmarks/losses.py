@@ -208,7 +208,7 @@ def measured(some: Iterable[Case], turns: int) -> Iterator[dict[str, Any]]:
             calls, held = implementations(KINDS[name], quantity, dtype, shape)
             comparable = {name: call for name, call in calls.items() if name != BARE}
             row["first call, seconds"] = assert_same_answers(comparable, dtype)
-            row["temporaries"] = {name: measured() for name, measured in held.items()}
+            row["temporaries"] = {each: held_bytes() for each, held_bytes in held.items()}
             label, function = PASSES[quantity]
             x, one_pass = jnp.asarray(examples(KINDS[name], shape)[0], dtype), jax.jit(function)
             calls[label] = lambda one_pass=one_pass, x=x: jax.block_until_ready(one_pass(x))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import plots, timing
+from benchmarks import losses, plots, timing
 from benchmarks.__main__ import ALL
 from benchmarks.growth import curves
 from benchmarks.hlo import collectives
@@ -140,6 +140,17 @@ def test_times_of_several_processes_are_put_together():
     assert one == again
     with pytest.raises(SystemExit):
         in_new_processes(1, process, 0)
+
+
+def test_losses_of_one_dtype_and_shape_have_processes_to_themselves(monkeypatch):
+    runs = []
+    monkeypatch.setattr(losses, "in_new_processes", lambda *run: runs.append(run) or [])
+    assert not list(losses.measure(20, quick=False))
+    assert {(count, measure, turns) for count, measure, _, turns in runs} == {(3, losses.measured, 6)}
+    groups = [{case[2:] for case in some} for *_, some, _ in runs]
+    assert all(len(group) == 1 for group in groups)
+    assert len(set().union(*groups)) == len(groups)
+    assert sorted(case for *_, some, _ in runs for case in some) == sorted(losses.cases(quick=False))
 
 
 def test_slope_is_the_power_of_growth():

@@ -16,7 +16,7 @@ from jax import export
 
 import jaxloss
 from jaxloss import _slabs
-from jaxloss._class_axis import on_cpu
+from jaxloss._class_axis import alone, on_cpu
 from parity_tests.gates import HALF_UNIT, assert_errors_within_ratio, assert_float64_close, relative_l2
 from parity_tests.losses import round_to, to_torch
 
@@ -319,6 +319,14 @@ def test_a_default_device_tells_what_programs_are_for(monkeypatch):
             assert on_cpu()
 
 
+def test_one_device_is_not_alone_on_a_mesh_of_more(monkeypatch):
+    mesh = jax.make_mesh((2,), ("x",))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert alone()
+    with jax.set_mesh(mesh):
+        assert not alone()
+
+
 def test_tracing_at_a_billion_tokens_and_a_million_classes_allocates_nothing():
     lowered = value_and_grad(10**9, 8, 10**6)
     assert lowered.out_info[1][0].shape == (10**9, 8)
@@ -498,9 +506,10 @@ def test_wider_targets_and_options_widen_what_they_do_in_cross_entropy(x64):
         return jax.value_and_grad(loss, tuple(range(len(rest) + 2)))(x, w, *rest)
 
     value, gradients = with_gradients(jaxloss.linear_cross_entropy, soft)
-    exact, _ = with_gradients(lambda x, w, t: jaxloss.cross_entropy((x.astype(float) @ w.T.astype(float)), t), soft)
+    exact, slopes = with_gradients(lambda x, w, t: jaxloss.cross_entropy(x.astype(float) @ w.T.astype(float), t), soft)
     assert value.dtype == jnp.float64
     np.testing.assert_allclose(value, exact, rtol=1e-14)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), gradients, slopes)
     assert [gradient.dtype for gradient in gradients] == ["float32", "float32", "float64"]
     assert jaxloss.linear_cross_entropy(x, w, soft.astype("float32"), dtype="float64").dtype == jnp.float64
     labels = jnp.arange(6)
@@ -516,8 +525,9 @@ def test_wider_targets_and_options_widen_what_they_do_in_cross_entropy(x64):
 
 
 def test_integer_class_weights_are_those_of_floats():
-    x, w, t = jnp.ones((6, 4)), jnp.ones((9, 4)), jnp.arange(6)
+    x, w, t = jax.random.normal(jax.random.key(0), (6, 4)), jax.random.normal(jax.random.key(1), (9, 4)), jnp.arange(6)
     step = jax.grad(lambda x, weight: jaxloss.linear_cross_entropy(x, w, t, weight=weight))
+    assert np.any(step(x, jnp.arange(1, 10)) != step(x, jnp.ones(9)))
     np.testing.assert_array_equal(step(x, jnp.arange(1, 10)), step(x, jnp.arange(1.0, 10)))
 
 
