@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 Shaped = Array | jax.ShapeDtypeStruct
 Size = Any  # of an array's axis: int, or symbolic as in `jax.export`
+MeshAxes = str | tuple[str, ...]
 _REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -127,7 +128,7 @@ def weight(name: str, weight: Any, classes: Size) -> Array | None:
 
 
 def targets(
-    name: str, targets: Any, logits: Shaped, axis: int, ignore_index: int, class_axis_name: str | None
+    name: str, targets: Any, logits: Shaped, axis: int, ignore_index: int, class_axis_name: MeshAxes | None
 ) -> Array:
     """Class probabilities if the shape is that of the logits, else class indices."""
     if _shape(targets) == logits.shape and logits.ndim:
@@ -271,7 +272,7 @@ def linear_targets(
     logits: jax.ShapeDtypeStruct,
     axis: int,
     ignore_index: int | None,
-    class_axis_name: str | None,
+    class_axis_name: MeshAxes | None,
 ) -> tuple[Array, int]:
     """Targets for logits that are never made, and the index to ignore: with probabilities, none may be given."""
     if _shape(value) == logits.shape and ignore_index is not None:

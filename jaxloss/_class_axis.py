@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
-from jaxloss._checks import Size
+from jaxloss._checks import MeshAxes, Size
 from jaxloss._halves import zero_unless
 from jaxloss._row_sums import SHORT, row_sum
 
-MeshAxes = str | tuple[str, ...]
 LONG_ROW, SHORT_BLOCK = 2**15, 2**10  # classes, see `ClassAxis.sum_of`
 FEW, EVEN = 24, 64  # classes, and what divides the number of rows, see `ClassAxis.sums_in_one_pass`
 

@@ -82,7 +82,7 @@ class CrossEntropyLoss:
         label_smoothing: ε in [0, 1].
         z_loss: weight k ≥ 0 of the squared log-normaliser.
         axis: the class axis.
-        class_axis_name: inside `jax.shard_map`, the mesh axis that splits the classes.
+        class_axis_name: inside `jax.shard_map`, the mesh axis (or axes) that splits the classes.
         dtype: of the result. None keeps the dtype of the logits.
     """
 
@@ -92,7 +92,7 @@ class CrossEntropyLoss:
     label_smoothing: float = _static(default=0.0)
     z_loss: float = _static(default=0.0)
     axis: int = _static(default=-1)
-    class_axis_name: str | None = _static(default=None)
+    class_axis_name: str | tuple[str, ...] | None = _static(default=None)
     dtype: DTypeLike | None = _static(default=None)
 
     def __call__(self, logits: Num[ArrayLike, "..."], targets: Num[ArrayLike, "..."]) -> Float[Array, "..."]:

@@ -33,7 +33,7 @@ def cross_entropy(
     label_smoothing: float | Float[ArrayLike, ""] = 0.0,
     z_loss: float | Float[ArrayLike, ""] = 0.0,
     axis: int = -1,
-    class_axis_name: str | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     r"""Softmax cross entropy of logits against class indices or class probabilities, in nats.
@@ -58,9 +58,9 @@ def cross_entropy(
         label_smoothing: ε in [0, 1]; may be a traced scalar.
         z_loss: k ≥ 0, keeps the softmax normaliser near 1; may be a traced scalar.
         axis: the class axis of `logits`. -1 is the channels-last convention of JAX, 1 is PyTorch's layout.
-        class_axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. `logits`, probability targets
-            and `weight` are then this device's shards, class indices count over all classes, and the result is
-            replicated over that mesh axis.
+        class_axis_name: inside `jax.shard_map`, the mesh axis that splits the classes, or a tuple of several.
+            `logits`, probability targets and `weight` are then this device's shards, class indices count over all
+            classes, and the result is replicated over that mesh axis.
         dtype: of the result. `jnp.float32` keeps the precision in which half types are accumulated. None keeps the
             dtype of `logits` (for probabilities, of `logits` and `targets` promoted together).
 

@@ -44,7 +44,7 @@ def linear_cross_entropy(
     label_smoothing: float | Float[ArrayLike, ""] = 0.0,
     z_loss: float | Float[ArrayLike, ""] = 0.0,
     logit_softcap: float | Float[ArrayLike, ""] | None = None,
-    class_axis_name: str | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
     memory_budget: int | None = None,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
@@ -69,7 +69,7 @@ def linear_cross_entropy(
         label_smoothing: ε in [0, 1]; may be a traced scalar.
         z_loss: k ≥ 0; may be a traced scalar.
         logit_softcap: c > 0 replaces each logit z by c · tanh(z / c); may be a traced scalar. None leaves them.
-        class_axis_name: inside `jax.shard_map`, the mesh axis that splits the classes; see `cross_entropy`.
+        class_axis_name: inside `jax.shard_map`, the mesh axis (or axes) that splits the classes; see `cross_entropy`.
         memory_budget: bytes that a slab's logits, exponentials and gradient may take (`logit_softcap` and probability
             targets take more); a slab holds at least one token. None: on CPU 128 MiB or what 128 tokens take, if that
             is more; 1 GiB on other backends.

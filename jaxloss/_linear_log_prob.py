@@ -35,7 +35,7 @@ def linear_log_prob(
     ignore_index: int = -100,
     logit_softcap: float | Float[ArrayLike, ""] | None = None,
     temperature: float | Float[ArrayLike, ""] | None = None,
-    class_axis_name: str | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
     memory_budget: int | None = None,
 ) -> LinearLogProb:
     r"""Log-probability of each target, entropy and argmax of a linear layer's softmax, in nats, without its logits.
@@ -56,7 +56,7 @@ def linear_log_prob(
         ignore_index: tokens with this target have log-probability and entropy 0, with gradient 0.
         logit_softcap: c > 0 replaces each logit z by c · tanh(z / c), before the temperature; may be a traced scalar.
         temperature: T > 0, divides the logits; may be a traced scalar. None is 1.
-        class_axis_name: inside `jax.shard_map`, the mesh axis that splits the classes; see `cross_entropy`.
+        class_axis_name: inside `jax.shard_map`, the mesh axis (or axes) that splits the classes; see `cross_entropy`.
         memory_budget: bytes that a slab's logits, exponentials and gradient may take; see `linear_cross_entropy`.
 
     Returns:

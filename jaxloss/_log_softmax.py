@@ -97,6 +97,7 @@ def log_normalizer(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Ar
     first, second = zip(axis.copies(logits, 2), map(axis.expand, tops), strict=True)
     if axis.has_whole_rows_on_cpu(logits):
         others, maxima = axis.sum_of(_below_top, *first), axis.sum_of(_is_top, *second)
+        others += tops[0] - tops[0]  # NaN where the maximum is infinite
     else:
         exponentials, again = (jnp.exp(x.astype(top.dtype) - top) for x, top in (first, second))
         others = axis.sum(again - jnp.floor(again))
@@ -104,13 +105,15 @@ def log_normalizer(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Ar
     return jnp.log1p(others + (maxima - 1))
 
 
+# Both tell the maximum by comparison, not by a difference of 0: where x is a product, of which each sum makes its own,
+# a CPU takes the product and the difference in one operation or in two, and rounds them otherwise.
 def _below_top(x: Array, top: Array) -> Array:
-    below = x.astype(top.dtype) - top
-    return jnp.where(below == 0, 0, jnp.exp(below))
+    x = x.astype(top.dtype)
+    return jnp.where(x == top, 0, jnp.exp(x - top))
 
 
 def _is_top(x: Array, top: Array) -> Array:
-    return (x.astype(top.dtype) - top == 0).astype(top.dtype)
+    return (x.astype(top.dtype) == top).astype(top.dtype)
 
 
 def is_likely(probs: Float[Array, "..."]) -> Bool[Array, "..."]:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num, Shaped
 
-from jaxloss._class_axis import ClassAxis, MeshAxes, alone, has_at_least, on_cpu
+from jaxloss._checks import MeshAxes
+from jaxloss._class_axis import ClassAxis, alone, has_at_least, on_cpu
 from jaxloss._log_softmax import accumulator_dtype
 
 PIECE, MOST_PIECES = 2**21, 8  # elements of a product made at once, unless that takes more pieces: `add_product`

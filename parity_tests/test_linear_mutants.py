@@ -99,7 +99,7 @@ def compare_with_the_materialised_loss() -> None:
 
 
 def compare_with_a_single_device() -> None:
-    test_linear_sharding.test_class_axis_name_in_shard_map_gives_the_single_device_result("index", "grad outside")
+    test_linear_sharding.test_class_axis_name_in_shard_map_gives_the_single_device_result("index", "grad outside", "x")
 
 
 MUTANTS = {

@@ -138,11 +138,13 @@ def test_batch_and_sequence_may_both_be_split_on_an_explicit_mesh():
 
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("place", ["grad inside", "grad outside"])
-def test_class_axis_name_in_shard_map_gives_the_single_device_result(kind, place):
+@pytest.mark.parametrize("names", ["x", ("x", "y")], ids=["one axis", "two axes"])
+def test_class_axis_name_in_shard_map_gives_the_single_device_result(kind, place, names):
     arrays = draw(kind)
-    inside = partial(loss, class_axis_name="x")
-    in_specs = specs(None, "x", arrays[-1])
-    sharded = partial(jax.shard_map, mesh=jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)), in_specs=in_specs)
+    inside = partial(loss, class_axis_name=names)
+    in_specs = specs(None, names, arrays[-1])
+    mesh = jax.make_mesh((8,) if names == "x" else (4, 2), tuple(names), axis_types=(AxisType.Auto,) * len(names))
+    sharded = partial(jax.shard_map, mesh=mesh, in_specs=in_specs)
     if place == "grad inside":
         step = sharded(jax.value_and_grad(inside, EVERY), out_specs=(P(), in_specs[:4]))
     else:

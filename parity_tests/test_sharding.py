@@ -115,6 +115,18 @@ def test_class_axis_name_in_shard_map_gives_the_single_device_result(target_kind
     assert max(gathered_sizes(compiled), default=0) < ROWS * CLASSES // 8
 
 
+@pytest.mark.parametrize("target_kind", ["index", "probability"])
+def test_class_axis_name_may_name_several_mesh_axes(target_kind):
+    logits, targets, weight = make_inputs(target_kind)
+    names = ("x", "y")
+    step = loss_of(CASES["all"], class_axis_name=names)
+    specs = (P(None, names), P(None, names) if target_kind == "probability" else P(), P(names))
+    mesh = jax.make_mesh((2, 4), names, axis_types=(AxisType.Auto,) * 2)
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(P(), (specs[0], specs[2])))
+    found = jax.jit(mapped)(logits, targets, weight)
+    assert_trees_close(found, jax.jit(loss_of(CASES["all"]))(logits, targets, weight))
+
+
 def test_class_axis_name_keeps_a_wrong_target_nan():
     logits, targets, _ = make_inputs("index")
     targets = targets.at[0].set(CLASSES).at[1].set(-1)

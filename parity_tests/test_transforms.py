@@ -300,3 +300,23 @@ def test_tracing_a_million_rows_of_a_million_classes_allocates_nothing():
     targets = jax.ShapeDtypeStruct((10**6,), jnp.int32)
     gradient = jax.eval_shape(jax.jit(jax.grad(jaxloss.cross_entropy)), logits, targets)
     assert gradient.shape == logits.shape
+
+
+@pytest.mark.parametrize("shape", [(3, 10), (4, 100), (2, 5000)])
+@pytest.mark.parametrize("name", ["log_softmax", "cross_entropy", "linear_log_prob"])
+def test_a_product_that_the_compiler_makes_again_in_each_sum_gives_what_the_stored_one_gives(name, shape, x64):
+    """A product and the difference from its maximum may be rounded once or twice, and not alike in each sum."""
+    rng = np.random.default_rng(0)
+    scores, scale = jnp.asarray(3 * rng.normal(size=shape)), jnp.asarray(0.7)
+    probabilities = jnp.asarray(rng.dirichlet(np.ones(shape[-1]), shape[0]))
+
+    def loss(scores, temperature):
+        if name == "linear_log_prob":
+            identity, targets = jnp.eye(shape[-1]), jnp.zeros(shape[0], int)
+            return jaxloss.linear_log_prob(scores, identity, targets, temperature=temperature).entropy
+        if name == "log_softmax":
+            return jaxloss.log_softmax(scores / temperature)
+        return jaxloss.cross_entropy(scores / temperature, probabilities, reduction="none")
+
+    found = jax.jit(loss)(scores, scale)
+    np.testing.assert_allclose(found, loss(scores / scale, jnp.ones(())), rtol=1e-12)
