@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxloss._class_axis import ClassAxis, apart
-from jaxloss._log_softmax import ROWS, is_likely, less_one, log_normalizer, log_softmax_core
+from jaxloss._log_softmax import ROWS, excess, is_likely, log_softmax_core
 
 
 def target_log_prob(
@@ -45,9 +45,8 @@ def _join(margin: Float[Array, "..."], others: Float[Array, "..."]) -> tuple[Flo
 def _join_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     (margin, others), (dmargin, dothers) = primals, tangents
     target = jnp.exp(margin)
-    inverse = 1 / (others + target)
-    dlog_prob = (others * dmargin - dothers) * inverse
-    return _join(margin, others), (dlog_prob, (target * dmargin + dothers) * inverse)
+    total = others + target
+    return _join(margin, others), ((others * dmargin - dothers) / total, (target * dmargin + dothers) / total)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -147,14 +146,14 @@ def expected_log_prob(
     narrow: Float[Array, "..."],
     masses_again: tuple[Float[Array, "..."], Float[Array, "..."]],
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Σ_c masses · log p of each row, and log Σ exp(logits - top), of logits that were cast from `narrow`.
+    """Σ_c masses · log p of each row, and Σ exp(logits - top) - 1, of logits that were cast from `narrow`.
 
     `masses_again` are copies of the masses: the value reads the first, the gradient's sum of them the second, and the
     derivative is with respect to `masses`.
     """
     source = axis.read(logits, narrow)
-    normalizer = log_normalizer(axis, source, *axis.copies(top, 2))
-    return _weigh_log_probs(axis, source, top, masses_again[0], normalizer), normalizer
+    extra = excess(axis, source, *axis.copies(top, 2))
+    return _weigh_log_probs(axis, source, top, masses_again[0], jnp.log1p(extra)), extra
 
 
 def _weigh_log_probs(
@@ -181,33 +180,34 @@ def _weigh_log_probs(
 def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     logits, top, masses, _, masses_again = primals
     dlogits, dmasses = (None if isinstance(d, SymbolicZero) else d for d in (tangents[0], tangents[2]))
-    log_prob, normalizer = expected_log_prob(axis, *primals)
-    normalizer = checkpoint_name(normalizer, ROWS)
+    log_prob, extra = expected_log_prob(axis, *primals)
+    extra = checkpoint_name(extra, ROWS)
     (again,) = axis.copies(top, 1)
 
     @partial(jax.checkpoint, prevent_cse=False)  # the residuals are the logits and the masses
     def tangent(
         logits: Float[Array, "..."],
         masses: Float[Array, "..."],
-        normalizer: Float[Array, "..."],
+        extra: Float[Array, "..."],
         dlogits: Float[Array, "..."] | None,
         dmasses: Float[Array, "..."] | None,
     ) -> tuple[Array, Array]:
-        dlog_prob = dnormalizer = jnp.zeros_like(normalizer)
+        dlog_prob = dextra = jnp.zeros_like(extra)
         if dmasses is not None:
-            dlog_prob += _weigh_log_probs(axis, logits, top, dmasses, normalizer)
+            dlog_prob += _weigh_log_probs(axis, logits, top, dmasses, jnp.log1p(extra))
         if dlogits is None:
-            return dlog_prob, dnormalizer
-        probs = jnp.exp(logits - axis.expand(again)) * axis.expand(jnp.exp(-normalizer))
+            return dlog_prob, dextra
+        at_top = 1 / (1 + extra)
+        probs = jnp.exp(logits - axis.expand(again)) * axis.expand(at_top)
         total = axis.sum(masses_again[1])
-        ones, rest = axis.expand(total), axis.expand(total * less_one(normalizer))
+        ones, rest = axis.expand(total), axis.expand(-total * lax.stop_gradient(extra * at_top))
         # At a likely class p is written 1 + (p - 1), and the 1 is taken out first.
         likely = is_likely(probs)
         others = jnp.where(likely, probs - lax.stop_gradient(probs), probs)
         coefficient = jnp.where(likely, (masses - ones) - rest, masses) - ones * others
-        return dlog_prob + axis.sum(coefficient * dlogits), axis.sum(probs * dlogits)
+        return dlog_prob + axis.sum(coefficient * dlogits), (1 + extra) * axis.sum(probs * dlogits)
 
-    return (log_prob, normalizer), tangent(logits, masses, normalizer, dlogits, dmasses)
+    return (log_prob, extra), tangent(logits, masses, extra, dlogits, dmasses)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -82,8 +82,8 @@ def accumulator(x: Array) -> Float[Array, "..."]:
     return cast(x, accumulator_dtype(x))
 
 
-def log_normalizer(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Each row's log Σ exp(logits - max), exact also where one class has almost all the probability.
+def excess(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Each row's Σ exp(logits - max) - 1, exact also where one class has almost all the probability.
 
     The maximum and all that ties with it are left out of the sum, and counted. Of few classes, along another axis than
     the last and off the CPU the sum of e - ⌊e⌋ leaves them out, and the plain sum tells how many they were.
@@ -93,7 +93,7 @@ def log_normalizer(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Ar
     if axis.sums_in_one_pass(logits):
         exponentials = jnp.exp(logits.astype(tops[0].dtype) - axis.expand(tops[0]))
         others, total = axis.both_sums(exponentials - jnp.floor(exponentials), exponentials)
-        return jnp.log1p(others + (jnp.round(total - others) - 1))
+        return others + (jnp.round(total - others) - 1)
     first, second = zip(axis.copies(logits, 2), map(axis.expand, tops), strict=True)
     if axis.has_whole_rows_on_cpu(logits):
         others, maxima = axis.sum_of(_below_top, *first), axis.sum_of(_is_top, *second)
@@ -102,7 +102,7 @@ def log_normalizer(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Ar
         exponentials, again = (jnp.exp(x.astype(top.dtype) - top) for x, top in (first, second))
         others = axis.sum(again - jnp.floor(again))
         maxima = jnp.round(axis.sum(exponentials) - others)
-    return jnp.log1p(others + (maxima - 1))
+    return others + (maxima - 1)
 
 
 # Both tell the maximum by comparison, not by a difference of 0: where x is a product, of which each sum makes its own,
@@ -121,18 +121,13 @@ def is_likely(probs: Float[Array, "..."]) -> Bool[Array, "..."]:
     return lax.stop_gradient(probs) > 2 / 3
 
 
-def less_one(normalizer: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The maximum's probability less 1, without the cancellation; as a constant."""
-    return jnp.expm1(-lax.stop_gradient(normalizer))
-
-
 def log_softmax_core(
     axis: ClassAxis, logits: Float[Array, "..."], narrow: Float[Array, "..."], dtype: jnp.dtype
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Log-probabilities in `dtype`, and each row's log Σ exp(logits - max), of logits that were cast from `narrow`."""
     source = axis.read(logits, narrow)  # not stopped: `linear_log_prob` would lose a second derivative
     top = checkpoint_name(axis.max(narrow).astype(logits.dtype), ROWS)
-    normalizer = checkpoint_name(log_normalizer(axis, source, *apart(top, 2)), ROWS)
+    normalizer = checkpoint_name(jnp.log1p(excess(axis, source, *apart(top, 2))), ROWS)
     return _log_probs(axis, dtype, logits, top, normalizer)
 
 
@@ -166,7 +161,7 @@ def _log_probs_jvp(axis: ClassAxis, dtype: jnp.dtype, primals: tuple, tangents: 
         first, ones = jax.jit(lambda d: (d, axis.sum(jnp.where(likely, d, 0))))(dlogits)
         at_likely = axis.sum(jnp.where(likely, dlogits, 0))
         rest = axis.sum(jnp.where(likely, probs - lax.stop_gradient(probs), probs) * dlogits)
-        mean = less_one(normalizer) * at_likely + rest
+        mean = jnp.expm1(-lax.stop_gradient(normalizer)) * at_likely + rest
         return cast_sum(dtype, first, -axis.expand(ones), -axis.expand(mean)), axis.sum(probs * dlogits)
 
     return (cast(log_probs, dtype), normalizer), tangent(log_probs, normalizer, tangents[0])

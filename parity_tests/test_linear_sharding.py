@@ -233,7 +233,8 @@ def test_shard_map_over_the_classes_alone_on_an_explicit_mesh(split_tokens, chec
     mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
         tokens = P("d") if split_tokens else P()
-        placed = (jax.device_put(x, tokens), w, weight, jax.device_put(t, tokens))
+        by_axis = (tokens, P("m"), P("m"), tokens)
+        placed = tuple(map(jax.device_put, (x, w, weight, t), by_axis))
         for loss in losses.values():
             split = jax.shard_map(
                 partial(loss, class_axis_name="m"),
