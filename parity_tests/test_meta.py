@@ -118,6 +118,61 @@ def test_ratio_gate_needs_a_float64_oracle():
         assert_errors_within_ratio([(x, x, x)])
 
 
+@pytest.mark.parametrize(
+    ("theirs", "oracle"),
+    [(1, np.nan), (1, np.inf), (np.nan, 1), (np.nan, np.inf), (np.inf, np.nan), (np.inf, -np.inf)],
+)
+def test_oracle_that_is_not_finite_where_the_results_are_is_refused(theirs, oracle):
+    results = np.array([2, theirs], np.float32)
+    parity.assert_close(results, results, oracle=results.astype(np.float64))
+    with pytest.raises(ValueError, match=r"must be NaN where both results are, and finite where they are"):
+        parity.assert_close(results, results, oracle=np.array([2.0, oracle]))
+
+
+def test_oracle_may_be_finite_where_half_precision_overflows():
+    results = np.array([2, np.inf], np.float16)
+    parity.assert_close(results, results, oracle=np.array([2, 1e6]))
+    with pytest.raises(AssertionError, match="rmse"):
+        parity.assert_close(results + np.array([1, 0], np.float16), results, oracle=np.array([2, 1e6]))
+
+
+def test_shapes_of_empty_arrays_are_compared():
+    arrays = {"x": GOOD, "empty": np.zeros((0, 3))}
+    parity.assert_close(arrays, arrays)
+    for wrong in (np.zeros((5, 0)), np.zeros((0, 3), np.float32), np.zeros((2, 3))):
+        with pytest.raises(AssertionError, match=r"\['empty'\] has (shape|dtype)"):
+            parity.assert_close(arrays | {"empty": wrong}, arrays)
+
+
+@pytest.mark.parametrize("scale", [1e-310, 1e-170, 1e160, 1e300])
+def test_numbers_whose_squares_underflow_or_overflow_are_compared(scale):
+    theirs = scale * np.array([3.0, -9.0])
+    parity.assert_close(theirs * (1 + 1e-15), theirs)
+    for wrong in (scale * np.array([1.0, 2.0]), theirs * (1 + 1e-10)):
+        with pytest.raises(AssertionError, match="of its norm"):
+            parity.assert_close(wrong, theirs)
+    assert relative_l2(2 * theirs, theirs) == pytest.approx(1)
+    assert relative_l2(np.array([np.inf]), np.ones(1)) == np.inf
+
+
+def test_complex_arrays_are_compared_as_two_parts():
+    exact = {"z": GOOD + 1j * GOOD[::-1], "t": torch.tensor(GOOD) * 1j}
+    rounded = {name: np.asarray(array).astype(np.complex64) for name, array in exact.items()}
+    parity.assert_close(exact, exact)
+    parity.assert_close(rounded, rounded, oracle=exact)
+    for wrong, part in ((exact["z"].conj(), "imag"), (exact["z"] * (1 + 1e-9), "real"), (-exact["z"], "real")):
+        with pytest.raises(AssertionError, match=rf"\['z'\]\.{part} differs"):
+            parity.assert_close(exact | {"z": wrong}, exact)
+    with pytest.raises(AssertionError, match="rmse"):
+        parity.assert_close(rounded | {"z": rounded["z"].conj()}, rounded, oracle=exact)
+    with pytest.raises(AssertionError, match="keys differ"):
+        parity.assert_close(exact | {"z": GOOD}, exact)
+
+
+def test_integers_of_another_width_pass_and_none_is_no_leaf():
+    parity.assert_close({"x": GOOD, "n": np.arange(3, dtype=np.int32)}, {"x": GOOD, "n": np.arange(3), "none": None})
+
+
 def test_relative_l2_sees_a_permutation():
     assert relative_l2(GOOD, GOOD) == 0
     assert relative_l2(GOOD[::-1], GOOD) > 0.5

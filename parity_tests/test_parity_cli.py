@@ -142,6 +142,14 @@ def test_diff_compares_by_name(folder, monkeypatch, capsys):
     assert run(monkeypatch, "diff", "empty.npz", "batch.npz") == 2
 
 
+def test_diff_compares_complex_arrays_as_two_parts(folder, monkeypatch, capsys):
+    for name, z in {"ours": 1 + 2j, "theirs": 1 - 2j}.items():
+        np.savez(f"{name}.npz", z=np.array([z, 3]))
+    assert run(monkeypatch, "diff", "ours.npz", "ours.npz") == 0
+    assert run(monkeypatch, "diff", "ours.npz", "theirs.npz") == 1
+    assert "FAIL z.imag:" in capsys.readouterr().out
+
+
 def test_doctor_names_what_matters(monkeypatch, capsys):
     assert run(monkeypatch, "doctor") == 0
     out = capsys.readouterr().out

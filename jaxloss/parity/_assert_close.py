@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxloss.parity._compare import HALF_UNIT, SMALL, compare, structural_problem, widen
-from jaxloss.parity._faults import classify
+from jaxloss.parity._compare import HALF_UNIT, NO_ELEMENTS, NO_FINITE, SMALL, compare, structural_problem, widen
+from jaxloss.parity._faults import Fault, classify
 from jaxloss.parity._state_dict import to_array
 
 RATIO = 1.2
@@ -20,11 +20,13 @@ def assert_close(
 ) -> None:
     """Raises unless two pytrees of arrays hold the same numbers, but for rounding.
 
-    Keys, shapes, dtypes, and the places of NaN, +inf and -inf must be the same. Then float64 arrays pass one by one if
+    Keys, shapes, dtypes, and the places of NaN, +inf and -inf must be the same; but integers may be of another width,
+    because JAX has 32 bits by default, and None is no leaf of a pytree. Then float64 arrays pass one by one if
     ‖ours - theirs‖ ≤ tolerance · ‖theirs‖ + floor. In other dtypes rounding is compared with rounding: with a float64
     oracle, computed from the same rounded inputs, rmse(ours) ≤ ratio · rmse(theirs) + half a rounding unit of the
     oracle's root mean square; arrays of fewer than 1000 elements together, because of one alone the ratio means
-    little, each in units of its oracle's root mean square. Integers and booleans must be equal.
+    little, each in units of its oracle's root mean square. Integers and booleans must be equal. Complex arrays are
+    compared as their real and imaginary parts.
 
     Args:
         ours: pytree of JAX, NumPy or PyTorch arrays.
@@ -37,7 +39,8 @@ def assert_close(
     Raises:
         AssertionError: they differ. The message names the arrays, the worst elements and the class of the fault
             (layout, scale, precision, localised or semantic). Nothing to compare is an error too.
-        ValueError: an oracle is missing or not float64.
+        ValueError: an oracle is missing, not float64, NaN at other places than theirs, or infinite where theirs is not.
+            (Where theirs has overflowed, it may be finite: such elements are left out.)
 
     Examples:
         >>> import numpy as np
@@ -74,17 +77,21 @@ def assert_close(
         _judge(f"{len(arrays)} small {dtype} arrays", arrays, ratio)
 
 
-NO_FINITE = "no finite element: nothing was compared"
-
-
 def leaves(tree: Any) -> dict[str, np.ndarray]:
-    """NumPy arrays by key path; a PyTorch tensor is a leaf."""
+    """NumPy arrays by key path, complex ones as their two parts; a PyTorch tensor is a leaf."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for path, leaf in flat:
         array = to_array(leaf)
-        arrays[jax.tree_util.keystr(path)] = np.asarray(leaf) if array is None else array
+        arrays |= parts(jax.tree_util.keystr(path), np.asarray(leaf) if array is None else array)
     return arrays
+
+
+def parts(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """An array by its name; of a complex one the real and the imaginary part."""
+    if not np.iscomplexobj(array):
+        return {name: array}
+    return {f"{name}.real": array.real, f"{name}.imag": array.imag}
 
 
 def _pairs(ours: Any, theirs: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -95,7 +102,7 @@ def _pairs(ours: Any, theirs: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         raise AssertionError("There are no finite elements: nothing was compared.")
     for key, array in mine.items():
         problem = structural_problem(array, others[key], may_be_constant=True)
-        if problem and array.size + others[key].size and problem != NO_FINITE:
+        if problem not in ("", NO_ELEMENTS, NO_FINITE):
             raise AssertionError(f"{key or 'It'} has {problem}.")
     return {key: (mine[key], others[key]) for key in mine}
 
@@ -112,6 +119,14 @@ def _oracle(oracles: dict[str, np.ndarray], key: str, array: np.ndarray) -> np.n
             f"assert_close: {key or 'it'} is {array.dtype} of shape {array.shape}; its oracle must be float64 of the "
             f"same shape, and is {what}."
         )
+    given = widen(array)
+    unfit = (np.isnan(true) != np.isnan(given)) | (np.isinf(true) & (true != given))
+    if unfit.any():
+        first = tuple(np.argwhere(unfit)[0].tolist())
+        raise ValueError(
+            f"assert_close: {key or 'it'} is {given[first]} at {first}, where its oracle is {true[first]}. The oracle "
+            "must be NaN where both results are, and finite where they are."
+        )
     return true
 
 
@@ -122,12 +137,12 @@ def _judge(name: str, arrays: list[tuple[np.ndarray, np.ndarray, np.ndarray]], r
         finite = np.isfinite(true) & np.isfinite(widen(x))
         scale = float(np.sqrt(np.mean(true[finite] ** 2))) if finite.any() else 0.0
         for column, array in zip(columns, (x, y), strict=True):
-            column.append(((widen(array) - true)[finite] / (scale or 1.0)).ravel())
+            column.append((widen(array)[finite] - true[finite]) / (scale or 1.0))
     mine, others = (_rms(np.concatenate(column)) for column in columns)
     bound = ratio * others + HALF_UNIT[str(arrays[0][0].dtype)]
     if not mine <= bound:
         message = f"has an rmse of {mine:.3g} of the oracle's scale, {bound:.3g} is allowed (theirs is {others:.3g})"
-        worst = max(arrays, key=lambda each: _distance(each[0], each[2]))
+        worst = max(arrays, key=lambda each: _distances(each[0], each[2]).max())
         raise AssertionError(_message(name, message, worst[0], worst[2]))
 
 
@@ -135,19 +150,26 @@ def _rms(errors: np.ndarray) -> float:
     return float(np.sqrt(np.mean(errors**2))) if errors.size else 0.0
 
 
-def _distance(x: np.ndarray, y: np.ndarray) -> float:
-    return float(np.nanmax(np.abs(widen(x) - y)))
+@np.errstate(invalid="ignore")  # inf - inf
+def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(np.abs(x.astype(np.float64) - y.astype(np.float64)), nan=-1.0)
+
+
+def fault_of(ours: np.ndarray, theirs: np.ndarray) -> Fault:
+    """The class of a difference; nothing is told of numbers whose squares overflow or underflow."""
+    known = 0 < np.vdot(widen(theirs), widen(theirs)) < np.inf
+    return classify(ours, theirs) if known else Fault("semantic")
 
 
 def _message(key: str, problem: str, ours: np.ndarray, theirs: np.ndarray) -> str:
-    fault = classify(ours, theirs)
+    fault = fault_of(ours, theirs)
     lines = [f"{key or 'It'} {problem}."]
     lines.append(f"{fault.kind}: {fault.seen}" if fault.seen else fault.kind)
     return "\n  ".join([*lines, *_worst(ours, theirs)])
 
 
 def _worst(ours: np.ndarray, theirs: np.ndarray) -> Iterator[str]:
-    distance = np.nan_to_num(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)), nan=-1.0)
+    distance = _distances(ours, theirs)
     for flat in np.argsort(-distance, axis=None, kind="stable")[:WORST]:
         index = tuple(int(i) for i in np.unravel_index(flat, ours.shape))
         if distance[index] > 0:

@@ -16,6 +16,8 @@ HALF_UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "flo
 # PyTorch's error. Half precision where there should be none has thousands of times.
 LAYER_RATIO, LAYER_UNITS = 4.0, 4.0
 SMALL = 1000  # elements, below which arrays are judged together
+NO_ELEMENTS = "no elements: nothing was compared"
+NO_FINITE = "no finite element: nothing was compared"
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,7 @@ def compare(
     finite = np.isfinite(y)
     if not finite.all():
         x, y = x[finite], y[finite]
-    scale = float(np.linalg.norm(y))
-    distance = float(np.linalg.norm(x - y))
+    scale, distance = _norm(y), _norm(x - y)
     if not scale:
         return Outcome(distance, floor)
     return Outcome(distance / scale, tolerance + floor / scale)
@@ -59,14 +60,14 @@ def structural_problem(ours: np.ndarray, theirs: np.ndarray, *, may_be_constant:
     if ours.dtype != theirs.dtype and not _both_integers(ours, theirs):
         return f"dtype {ours.dtype}, PyTorch's is {theirs.dtype}"
     if not ours.size:
-        return "no elements: nothing was compared"
+        return NO_ELEMENTS
     x, y = widen(ours), widen(theirs)
     for label, mask in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
         a, b = mask(x), mask(y)
         if (a != b).any():
             return f"{label} at {int(a.sum())} elements, PyTorch's at {int(b.sum())}"
     if not np.isfinite(y).any():
-        return "no finite element: nothing was compared"
+        return NO_FINITE
     if not may_be_constant and y.size > 1 and np.ptp(y[np.isfinite(y)]) == 0:
         return f"PyTorch's is {y.flat[0]:g} everywhere: nothing can be told from it"
     return ""
@@ -120,7 +121,13 @@ def relative(ours: Any, theirs: np.ndarray) -> float:
     """‖ours - theirs‖ / ‖theirs‖ over what is finite in theirs; absolute if theirs is 0."""
     x, y = widen(np.asarray(ours)), widen(theirs)
     finite = np.isfinite(y)
-    return float(np.linalg.norm((x - y)[finite]) / (np.linalg.norm(y[finite]) or 1.0))
+    return _norm((x - y)[finite]) / (_norm(y[finite]) or 1.0)
+
+
+def _norm(array: np.ndarray) -> float:
+    """The L2 norm, also where squares would overflow or underflow."""
+    largest = float(np.abs(array).max(initial=0.0))
+    return largest * float(np.linalg.norm(array / largest)) if 0 < largest < math.inf else largest
 
 
 def mutants(array: np.ndarray, bound: float) -> dict[str, np.ndarray]:
