@@ -193,6 +193,31 @@ def test_schedule_goes_on_from_where_it_is_and_can_count_epochs():
     assert rates == [0.125, 0.125, 0.0625, 0.0625, 0.03125]
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw"])
+@pytest.mark.parametrize("epochs", [0, 29, 30])  # the cosine's minimum is at 30
+@pytest.mark.parametrize("name", ["step", "exponential", "cosine", "cosine-many-periods", "one-cycle-long"])
+def test_schedule_goes_on_from_a_rate_set_by_hand_and_after_another_scheduler(name, epochs, optimizer):
+    schedulers = SCHEDULERS | {"one-cycle-long": lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=STEPS + 50)}
+
+    def schedule(optimizer):
+        StepLR(optimizer, 1000)
+        optimizer.param_groups[0]["lr"] = 0.02
+        scheduler = schedulers[name](optimizer)
+        for _ in range(epochs):
+            optimizer.step()
+            scheduler.step()
+        group = optimizer.param_groups[0]
+        group |= {"lr": 0.3 * group["lr"]} | ({"momentum": 0.5} if "momentum" in group else {"betas": (0.5, 0.999)})
+        return scheduler
+
+    make = OPTIMIZERS[optimizer]
+    ours = run_optax(translate(make, schedule))
+    assert_float64_close(ours, run_torch(make, schedule), tolerance=1e-12)
+    with pytest.raises(AssertionError):
+        assert_float64_close(ours, run_torch(make, schedulers[name]), tolerance=1e-12)
+
+
 def test_one_cycle_past_its_end_is_nan():
     optimizer = SGD([torch.zeros(1)], lr=1.0)
     ours = parity.optimizer(optimizer, OneCycleLR(optimizer, 1.0, total_steps=3, cycle_momentum=False))

@@ -48,8 +48,9 @@ def optimizer(
         torch_optimizer: read now, and neither kept nor changed. Its moments are not taken over: the state starts
             fresh.
         scheduler: StepLR, ExponentialLR, CosineAnnealingLR or OneCycleLR of this optimizer, as if
-            `scheduler.step()` followed every `optimizer.step()`. It goes on from where it is. OneCycleLR moves the
-            momentum, or Adam's first beta, as well.
+            `scheduler.step()` followed every `optimizer.step()`. It goes on from where it is, and from the rate
+            that the optimizer has now, even one that was set by hand, as PyTorch does. OneCycleLR moves the momentum,
+            or Adam's first beta, as well.
         steps_per_epoch: updates between two calls of `scheduler.step()`: 1 for a schedule over batches, the number of
             batches for one over epochs.
         groups: for an optimizer with several param groups that differ: the index of each parameter's group, as a
@@ -391,40 +392,59 @@ def _schedule(scheduler: "LRScheduler | None", index: int, steps_per_epoch: int)
     if scheduler is None:
         return lambda count: {}
     name = _translated(scheduler, "torch.optim.lr_scheduler", _SCHEDULERS)
-    changing = _SCHEDULERS[name](scheduler, _options(scheduler.optimizer.param_groups[index]))
+    group = {**scheduler.optimizer.param_groups[index], "base_lr": scheduler.base_lrs[index]}
+    changing = _SCHEDULERS[name](scheduler, _options(group))
     start = scheduler.last_epoch
     return lambda count: changing(start + count // steps_per_epoch)
 
 
 def _step_lr(scheduler: Any, group: Options) -> Schedule:
-    base, gamma, size = group["initial_lr"], scheduler.gamma, scheduler.step_size
-    return lambda epoch: {"lr": base * gamma ** (epoch // size)}
+    now, gamma, size, start = group["lr"], scheduler.gamma, scheduler.step_size, scheduler.last_epoch
+    return lambda epoch: {"lr": now * gamma ** (epoch // size - start // size)}
 
 
 def _exponential_lr(scheduler: Any, group: Options) -> Schedule:
-    base, gamma = group["initial_lr"], scheduler.gamma
-    return lambda epoch: {"lr": base * gamma**epoch}
+    now, gamma, start = group["lr"], scheduler.gamma, scheduler.last_epoch
+    return lambda epoch: {"lr": now * gamma ** (epoch - start)}
 
 
 def _cosine_annealing_lr(scheduler: Any, group: Options) -> Schedule:
-    base, least, period = group["initial_lr"], scheduler.eta_min, scheduler.T_max
-    return lambda epoch: {"lr": least + (base - least) * (1 + jnp.cos(math.pi * epoch / period)) / 2}
+    """Like PyTorch, multiplies the present rate up to the next minimum, and adds the base rate's curve to it there."""
+    least, period, start = scheduler.eta_min, scheduler.T_max, scheduler.last_epoch
+    now, base = group["lr"] - least, group["base_lr"] - least
+    minimum = start + (period - start) % (2 * period)
+    if start < minimum:
+        height = now / math.cos(math.pi * start / period / 2) ** 2
+    else:
+        height, minimum = base + now / math.sin(math.pi / period / 2) ** 2, start + 2 * period
+
+    def rate(epoch: Int[ArrayLike, ""]) -> Float[Array, ""]:
+        return least + jnp.where(epoch <= minimum, height, base) * (1 + jnp.cos(math.pi * epoch / period)) / 2
+
+    return _following({"lr": _from(start, group["lr"], rate)})
 
 
 def _one_cycle_lr(scheduler: Any, group: Options) -> Schedule:
     phases = scheduler._schedule_phases  # PyTorch keeps the three_phase option nowhere else
     ends = [float(phase["end_step"]) for phase in phases]
 
-    def along(what: str) -> Rate:
+    def along(what: str, now: float) -> Rate:
         names = [phases[0][f"start_{what}"], *(phase[f"end_{what}"] for phase in phases)]
-        return _annealed(ends, [float(group[name]) for name in names], _ANNEALS[scheduler._anneal_func_type])
+        rate = _annealed(ends, [float(group[name]) for name in names], _ANNEALS[scheduler._anneal_func_type])
+        return _from(scheduler.last_epoch, now, rate)
 
-    moving: dict[str, Any] = {"lr": along("lr")}
+    moving: dict[str, Any] = {"lr": along("lr", group["lr"])}
     if scheduler.cycle_momentum and scheduler.use_beta1:
-        moving["betas"] = (along("momentum"), group["betas"][1])
+        beta1, beta2 = group["betas"]
+        moving["betas"] = (along("momentum", beta1), beta2)
     elif scheduler.cycle_momentum:
-        moving["momentum"] = along("momentum")
+        moving["momentum"] = along("momentum", group["momentum"])
     return _following(moving)
+
+
+def _from(start: int, now: float, rate: Rate) -> Rate:
+    """What an optimizer has now, up to the next step of its scheduler."""
+    return lambda epoch: jnp.where(epoch == start, now, rate(epoch))
 
 
 def _following(moving: Options) -> Schedule:
