@@ -309,6 +309,42 @@ def test_globally_pooled_features_need_no_flatten():
     assert to_torch(port).keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
+def linear(inputs: int, outputs: int) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, rngs=nnx.Rngs(0))
+
+
+def conv(inputs: int, outputs: int) -> nnx.Conv:
+    return nnx.Conv(inputs, outputs, (3, 3), rngs=nnx.Rngs(0))
+
+
+def test_only_the_width_of_the_nearest_convolution_needs_no_flatten():
+    """32 features may be two by two pixels of 8 channels, whatever other convolutions there are."""
+    pooled = [conv(1, 8), conv(8, 32), linear(32, 3)], [linear(3, 32), conv(32, 8), conv(8, 1)]
+    flattened = [conv(1, 32), conv(32, 8), linear(32, 3)], [linear(3, 32), conv(8, 32), conv(32, 1)]
+    for convert in (to_torch, lambda port: load_torch(port, to_torch(port, flatten={}))):
+        for layers in pooled:
+            convert(nnx.Sequential(*layers))
+        for layers in flattened:
+            with pytest.raises(ValueError, match="may read or write a flattened feature map"):
+                convert(nnx.Sequential(*layers))
+
+
+class Late(nnx.Module):
+    """Its linear layer comes first in sorted order."""
+
+    def __init__(self) -> None:
+        self.conv1, self.conv2, self.classifier = conv(1, 8), conv(8, 32), linear(32, 3)
+
+
+def test_layers_that_flax_has_sorted_are_taken_in_the_order_of_the_state_dict():
+    state = to_torch(Late())
+    for module in (nnx.clone(Late()), nnx.eval_shape(Late)):
+        assert_same_bits(to_torch(load_torch(module, state), flatten={}), state)
+        assert weight_map(module, state)
+        with pytest.raises(ValueError, match="classifier may read or write"):
+            load_torch(module, dict(sorted(state.items())))
+
+
 def test_every_fault_is_named_and_nothing_is_loaded():
     net = models.Net(nnx.Rngs(0))
     before = to_torch(net)
@@ -436,6 +472,34 @@ def test_tied_weights_have_both_names_and_must_agree():
     assert_same_bits(to_torch(tied), {"first.weight": weight, "second.weight": weight})
     with pytest.raises(ValueError, match=r"different in the state_dict: first.weight and second.weight"):
         load_torch(tied, {"first.weight": weight, "second.weight": weight + 1})
+
+
+class Cyclic(nnx.Module):
+    """A module that knows itself, and its child its parent."""
+
+    def __init__(self) -> None:
+        self.me, self.child = self, nnx.Linear(2, 3, rngs=RNGS)
+        self.child.parent = self
+
+
+def test_module_that_refers_to_itself_is_loaded():
+    state = nn.Linear(2, 3).state_dict()
+    port = load_torch(Cyclic(), {f"child.{name}": tensor for name, tensor in state.items()})
+    assert_same_bits(to_torch(port), {f"child.{name}": tensor.numpy() for name, tensor in state.items()})
+
+
+class Weighted(nnx.Embed):
+    """Has a weight besides its embedding, which is PyTorch's weight."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 4, rngs=RNGS)
+        self.weight = nnx.Param(jnp.ones(7))
+
+
+def test_two_variables_of_one_name_are_refused():
+    for convert in (to_torch, lambda port: load_torch(port, {"0.weight": np.ones(7, np.float32)})):
+        with pytest.raises(ValueError, match=r"0\.embedding and 0\.weight would both be 0\.weight in PyTorch: rename"):
+            convert(nnx.Sequential(Weighted()))
 
 
 @pytest.mark.parametrize("convert", [lambda t: t, torch.Tensor.numpy], ids=["torch", "numpy"])

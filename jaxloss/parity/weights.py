@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -48,8 +48,9 @@ def load_torch(
             map, or whose output is reshaped to one, with the shape in PyTorch: `{"fc": (64, 7, 7)}`. The layer's
             sizes tell which side is meant; the input if both fit. Leave out a layer that gets PyTorch's order because
             the Flax model transposes first, and a LinearGeneral over three or more axes: those are a feature map
-            anyway. `{}` says that there is no such layer. The default, None, does so only for modules that show no
-            sign of one: next to convolutions, a linear layer whose size is a multiple of their channels is refused.
+            anyway. `{}` says that there is no such layer. The default, None, does so only for modules that show no sign
+            of one: next to convolutions, a linear layer whose size is a multiple of their channels is refused, unless
+            it is as wide as the convolution before it (or after it, for what it writes), as behind global pooling.
         names: PyTorch's names by the module's, for the weights that would be paired otherwise; `weight_map` returns
             them all.
         ignore: names in the state_dict that the module does not need, like a causal mask; or patterns, `"*.mask"`.
@@ -60,8 +61,9 @@ def load_torch(
 
     Raises:
         ValueError: weights are missing, unexpected or misshapen (all are listed); a dtype needs `jax_enable_x64`; tied
-            weights differ; `flatten` is needed or impossible; the file is of another kind, broken, or a pickle that
-            could run code; layers of equal shapes have other names and an order that is not known.
+            weights differ; two variables of the module have one name in PyTorch; `flatten` is needed or impossible; the
+            file is of another kind, broken, or a pickle that could run code; layers of equal shapes have other names
+            and an order that is not known.
         TypeError: there are things other than arrays among the values (all are listed).
 
     Examples:
@@ -77,7 +79,7 @@ def load_torch(
         https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html#torch.nn.Module.load_state_dict
     """
     arrays = read_state_dict(state_dict, ignore)
-    weights = weights_of(module, flatten)
+    weights = weights_of(module, flatten, arrays)
     pairs = _pairs(weights, arrays, names)
     _check_fit(type(module).__name__, weights, arrays, pairs)
     guessed = {ours: theirs for ours, theirs in pairs.items() if ours != theirs and ours not in (names or {})}
@@ -126,7 +128,8 @@ def weight_map(
         >>> weight_map(module, {"head.weight": np.zeros((1, 2))})
         {'0.weight': 'head.weight'}
     """
-    return _pairs(weights_of(module, flatten), read_state_dict(state_dict, ignore), names)
+    arrays = read_state_dict(state_dict, ignore)
+    return _pairs(weights_of(module, flatten, arrays), arrays, names)
 
 
 def to_torch(
@@ -194,22 +197,36 @@ class Weight(NamedTuple):
 Weights = dict[str, Weight]
 
 
-def weights_of(module: nnx.Module, flatten: FeatureMaps | None) -> Weights:
-    """Every variable that PyTorch would save, by PyTorch's name."""
+def weights_of(module: nnx.Module, flatten: FeatureMaps | None, order: Iterable[str] = ()) -> Weights:
+    """Every variable that PyTorch would save, by PyTorch's name; `order` is how those names follow each other there."""
     found = list(_walk(module))
-    _check_flatten({".".join(path): layer for path, layer, _, _ in found}, flatten)
-    weights = {}
+    layers = {".".join(path): layer for path, layer, _, _ in found}
+    known = dict.fromkeys(name.rpartition(".")[0] for name in order)
+    if layers.keys() <= known.keys():
+        layers = {name: layers[name] for name in known if name in layers}
+    _check_flatten(layers, flatten)
+    weights: Weights = {}
     for path, layer, attribute, variable in found:
         layer_name = ".".join(path)
         feature_map = tuple((flatten or {}).get(layer_name, ()))
         name = NAMES.get(attribute, attribute) if isinstance(layer, _LAYERS) else attribute
         layout = _layout(layer, attribute, variable.shape, feature_map)
-        weights[".".join((*path, name))] = Weight(variable, layout, layer, layer_name, ".".join((*path, attribute)))
+        full, flax_name = ".".join((*path, name)), ".".join((*path, attribute))
+        if full in weights:
+            raise ValueError(
+                f"{type(module).__name__}: {weights[full].flax_name} and {flax_name} would both be {full} in PyTorch: "
+                "rename one."
+            )
+        weights[full] = Weight(variable, layout, layer, layer_name, flax_name)
     return weights
 
 
-def _walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, str, nnx.Variable]]:
+def _walk(
+    node: Any, path: tuple[str, ...] = (), above: tuple[int, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any, str, nnx.Variable]]:
     """Path, layer, attribute and variable of every weight; a shared one comes under each of its names."""
+    if id(node) in above:  # a reference to itself, or to its parent
+        return
     match node:
         case nnx.Pytree():
             children = vars(node)
@@ -225,7 +242,8 @@ def _walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
                 yield path, node, str(attribute), child
         else:
             # PyTorch numbers the entries of a Sequential directly: "layer1.0", where Flax has "layer1.layers.0".
-            yield from _walk(child, path if isinstance(node, nnx.Sequential) else (*path, str(attribute)))
+            name = () if isinstance(node, nnx.Sequential) else (str(attribute),)
+            yield from _walk(child, (*path, *name), (*above, id(node)))
 
 
 def _layout(layer: object, attribute: str, shape: Shape, feature_map: Shape) -> Layout:
@@ -267,37 +285,53 @@ def _sizes(features: int | Sequence[int]) -> Shape:
 def _check_flatten(layers: Mapping[str, object], flatten: FeatureMaps | None) -> None:
     """Raises where `flatten` cannot be meant, and where it is not given but may be due."""
     linears = {name: layer for name, layer in layers.items() if isinstance(layer, Linear)}
-    convolutions = [layer for layer in layers.values() if isinstance(layer, _CONVOLUTIONS)]
-    written, read = {layer.out_features for layer in convolutions}, {layer.in_features for layer in convolutions}
     if flatten is None:
-        _check_undeclared(linears, written, read)
+        _check_undeclared(layers)
+    channels = {
+        size
+        for layer in layers.values()
+        if isinstance(layer, _CONVOLUTIONS)
+        for size in (layer.in_features, layer.out_features)
+    }
     for name, feature_map in (flatten or {}).items():
         if name not in linears:
             raise ValueError(f"flatten: there is no linear layer {name!r}, only {', '.join(linears) or 'none'}.")
-        _check_feature_map(name, linears[name], tuple(feature_map), written | read)
+        _check_feature_map(name, linears[name], tuple(feature_map), channels)
 
 
-def _check_undeclared(linears: Mapping[str, Linear], written: set[int], read: set[int]) -> None:
+def _check_undeclared(layers: Mapping[str, object]) -> None:
     """Raises if a linear layer might read or write a flattened feature map.
 
-    Sizes cannot prove that none does. A layer as wide as some convolution is taken to follow global pooling, and a
-    model with a LinearGeneral over three or more axes to use one wherever it needs one.
+    Sizes cannot prove that none does. A layer as wide as the convolution before it is taken to follow global pooling,
+    and a model with a LinearGeneral over three or more axes to use one wherever it needs one.
     """
-    sides = {name: (_sizes(layer.in_features), _sizes(layer.out_features)) for name, layer in linears.items()}
-    if any(len(sizes) > 2 for pair in sides.values() for sizes in pair):
+    linears = [layer for layer in layers.values() if isinstance(layer, Linear)]
+    if any(len(_sizes(side)) > 2 for layer in linears for side in (layer.in_features, layer.out_features)):
         return
-
-    def suspect(sizes: Shape, channels: set[int]) -> bool:
-        size = math.prod(sizes)
-        return size not in channels and any(size % channel == 0 for channel in channels - {1})
-
-    suspects = [name for name, (inputs, outputs) in sides.items() if suspect(inputs, written) or suspect(outputs, read)]
-    if suspects:
+    forwards = list(layers.items())
+    found = {
+        *_suspects(forwards, "in_features", "out_features"),
+        *_suspects(forwards[::-1], "out_features", "in_features"),
+    }
+    if suspects := [name for name in layers if name in found]:
         raise ValueError(
             f"{', '.join(suspects)} may read or write a flattened feature map. PyTorch flattens (channels, height, "
             "width) and Flax (height, width, channels): pass flatten={'LAYER': (channels, height, width), ...} with "
             "the layers that do, or flatten={} if none does."
         )
+
+
+def _suspects(layers: Sequence[tuple[str, object]], side: str, other: str) -> Iterator[str]:
+    """Linear layers with a side as large as feature maps of any convolution, and not as wide as the last one."""
+    channels = {getattr(layer, other) for _, layer in layers if isinstance(layer, _CONVOLUTIONS)} - {1}
+    last = None
+    for name, layer in layers:
+        if isinstance(layer, _CONVOLUTIONS):
+            last = getattr(layer, other)
+        elif isinstance(layer, Linear):
+            size = math.prod(_sizes(getattr(layer, side)))
+            if size != last and any(size % channel == 0 and size != channel for channel in channels):
+                yield name
 
 
 def _check_feature_map(name: str, layer: Linear, feature_map: Shape, channels: set[int]) -> None:
