@@ -244,8 +244,20 @@ def test_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError, match="broken"):
         parity.record(path, Broken(4, 3), torch.randn(5, 4))
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("file", "before")]
-    with pytest.raises(FileNotFoundError):
-        parity.record(tmp_path / "nowhere" / "file", Broken(4, 3), torch.randn(5, 4))
+    nowhere = tmp_path / "nowhere" / "file"
+    with pytest.raises(
+        FileNotFoundError, match=f"^{nowhere} cannot be written: there is no folder {nowhere.parent}\\.$"
+    ):
+        parity.record(nowhere, Broken(4, 3), torch.randn(5, 4))
+
+
+def test_file_is_written_through_a_link(tmp_path):
+    (tmp_path / "link").symlink_to("file")
+    for _ in range(2):
+        parity.record(tmp_path / "link", small()[0], torch.randn(5, 4), steps=0, dtypes=["float64"])
+        assert (tmp_path / "link").is_symlink()
+        assert _golden.read(tmp_path / "file")[1] == ["float64"]
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "file"}
 
 
 @pytest.fixture(scope="module")

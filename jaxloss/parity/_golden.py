@@ -35,8 +35,10 @@ def write(
     progress: Callable[[str], None],
 ) -> None:
     """Records a source in float64 and the given dtypes, whole or not at all."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # of this process: another may write the same file
+    target = Path(path).resolve()  # what a symbolic link leads to is replaced, not the link
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {target.parent}.")
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")  # of this process: another may write the same file
     try:
         part.touch()  # where nothing can be written, nothing need be run
         arrays = _Arrays()
@@ -48,7 +50,7 @@ def write(
         }
         progress("writing")
         _save(part, arrays.named, json.dumps(manifest, allow_nan=False))
-        part.replace(path)
+        part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 

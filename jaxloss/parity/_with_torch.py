@@ -146,7 +146,7 @@ def record(
     are kept once. The file is written whole or not at all.
 
     Args:
-        path: where; a file that is there is replaced. ".safetensors" is the usual ending.
+        path: where; a file that is there is replaced, and a link followed. ".safetensors" is the usual ending.
         torch_module: the original. Copied, never changed.
         torch_batch: one tensor or array; or a tuple of the module's inputs, and last, if there is a loss, the targets.
             A small one: the file grows with it.
