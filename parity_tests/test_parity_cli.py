@@ -45,6 +45,18 @@ def untrusted():
 
 def broken():
     raise RuntimeError("no weights here")
+
+
+def leaving():
+    raise SystemExit(0)
+
+
+def exiting():
+    class Exiting(nnx.Linear):
+        def __call__(self, x):
+            raise SystemExit(0)
+
+    return load_torch(Exiting(4, 3, rngs=nnx.Rngs(0)), original.state_dict())
 """
 
 
@@ -56,9 +68,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez(tmp_path / "other.npz", inputs=random.normal(size=(5, 4)).astype("float32"), extra=np.ones(2))
     np.savez(tmp_path / "several.npz", a=np.ones((5, 4)), b=np.ones((5, 4)))
     np.savez(tmp_path / "empty.npz")
+    (tmp_path / "script.py").write_text("raise SystemExit(0)")
     np.savez(tmp_path / "pickled.npz", inputs=np.array([print], dtype=object))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "pair", raising=False)
+    for module in ("pair", "script"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     return tmp_path
 
 
@@ -115,6 +129,9 @@ def test_different_models_exit_1_and_say_where(folder, monkeypatch, capsys):
         ("pair:broken", "batch.npz", "RuntimeError: no weights here"),
         ("pair:missing", "batch.npz", "has no attribute 'missing'"),
         ("nowhere:port", "batch.npz", "No module named 'nowhere'"),
+        ("script:port", "batch.npz", "script:port calls sys.exit: do that under"),
+        ("pair:leaving", "batch.npz", "pair:leaving calls sys.exit: do that under"),
+        ("pair:exiting", "batch.npz", "SystemExit: 0"),
         ("pair", "batch.npz", "should be module:attribute"),
         ("pair:number", "batch.npz", "gives a int, expected a flax.nnx.Module"),
         ("pair:original", "batch.npz", "expected a flax.nnx.Module"),
@@ -130,6 +147,18 @@ def test_what_cannot_be_compared_exits_2(folder, monkeypatch, capsys, port, batc
     error = capsys.readouterr().err
     assert error.startswith("Could not compare. ")
     assert says in error
+
+
+def test_replay_takes_the_flax_inputs_of_a_batch_and_nothing_else(folder, monkeypatch, capsys):
+    assert run(monkeypatch, "record", "pair:original", "batch.npz", "golden", "--steps", "0") == 0
+    inputs = np.load("batch.npz")["inputs"]
+    np.savez("flax.npz", flax_inputs=inputs)
+    np.savez("both.npz", inputs=np.ones(3), flax_inputs=inputs, targets=np.ones(7))
+    np.savez("wrong.npz", inputs=inputs, flax_inputs=inputs + 1)
+    replay = "replay", "golden", "pair:port", "--batch"
+    for batch, status in {"flax.npz": 0, "both.npz": 0, "wrong.npz": 1, "other.npz": 2}.items():
+        assert run(monkeypatch, *replay, batch) == status, batch
+    assert "other.npz holds no flax_NAME" in capsys.readouterr().err
 
 
 def test_diff_compares_by_name(folder, monkeypatch, capsys):

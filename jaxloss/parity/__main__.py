@@ -153,13 +153,14 @@ class Replay(Pairing, Output):
     flax_model: Positional[str]
     """module:attribute of an nnx.Module, or of a function without arguments that makes one"""
     batch: Path | None = None
-    """.npz file, if Flax's inputs are not the recorded ones with 4-D ones transposed: those, as flax_NAME"""
+    """.npz file, if Flax's inputs are not the recorded ones with 4-D ones transposed: those, as flax_NAME \
+and in their order; other arrays are not read"""
 
     def run(self, console: Console) -> int:
         """Prints the report."""
         from jaxloss import parity
 
-        ours = None if self.batch is None else _read_batch(self.batch, with_targets=False)[1]
+        ours = None if self.batch is None else _read_flax_inputs(self.batch)
         flax_model = _load(self.flax_model, "flax.nnx")
         with _stages(console) as progress:
             report = parity.replay(
@@ -232,7 +233,7 @@ def main() -> int:
         return command.run(Console(width=None if sys.stdout.isatty() else 10_000))
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # whatever a stranger's module raises
+    except (Exception, SystemExit) as error:  # whatever a stranger's module raises
         what = "record" if isinstance(command, Record) else "compare"
         print(f"Could not {what}. {type(error).__name__}: {error}", file=sys.stderr)
         return COULD_NOT
@@ -252,9 +253,12 @@ def _load(where: str, kind: str) -> Any:
     module, _, attribute = where.partition(":")
     if not attribute:
         raise ValueError(f"{where!r} should be module:attribute.")
-    found = getattr(_import(module), attribute)
-    if inspect.isroutine(found) or inspect.isclass(found):
-        found = found()
+    try:
+        found = getattr(_import(module), attribute)
+        if inspect.isroutine(found) or inspect.isclass(found):
+            found = found()
+    except SystemExit as error:
+        raise RuntimeError(f'{where} calls sys.exit: do that under `if __name__ == "__main__":` only.') from error
     if not isinstance(found, importlib.import_module(kind).Module):
         raise TypeError(f"{where} gives a {type(found).__name__}, expected a {kind}.Module.")
     return found
@@ -286,6 +290,13 @@ def _read_batch(path: Path, *, with_targets: bool) -> tuple[tuple[np.ndarray, ..
     elif with_targets and len(theirs) > 1:
         raise ValueError(f'{path} holds several inputs but no "targets".')
     return theirs, ours or None
+
+
+def _read_flax_inputs(path: Path) -> tuple[np.ndarray, ...]:
+    inputs = tuple(array for name, array in _read_arrays(path).items() if name.startswith("flax_"))
+    if not inputs:
+        raise ValueError(f"{path} holds no flax_NAME: name the port's inputs so, or leave out --batch.")
+    return inputs
 
 
 if __name__ == "__main__":
