@@ -186,6 +186,15 @@ def test_doctor_names_what_matters(monkeypatch, capsys):
         assert word in out
 
 
+def test_doctor_needs_no_torch(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it raises
+    monkeypatch.delitem(sys.modules, "jaxloss.parity._doctor", raising=False)
+    assert run(monkeypatch, "doctor") == 0
+    out = capsys.readouterr().out
+    assert "JAX matmul" in out
+    assert "PyTorch" not in out
+
+
 def test_command_runs_as_a_module(folder):
     command = [sys.executable, "-m", "jaxloss.parity", "diff", "batch.npz", "other.npz"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
