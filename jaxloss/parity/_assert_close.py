@@ -91,7 +91,7 @@ def parts(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
     """An array by its name; of a complex one the real and the imaginary part."""
     if not np.iscomplexobj(array):
         return {name: array}
-    return {f"{name}.real": array.real, f"{name}.imag": array.imag}
+    return {f"{name}.real": np.real(array), f"{name}.imag": np.imag(array)}
 
 
 def _pairs(ours: Any, theirs: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
