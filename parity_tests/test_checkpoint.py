@@ -26,6 +26,7 @@ from train.checkpoint import Checkpoints, _without_late_failures
 from train.config import Config, RngName
 from train.data import load
 from train.loop import Epoch, Learner, Phase
+from train.report import Monitor
 
 FLAGS = ("--devices", "1", "--model", "net", "--epochs", "2", "--checkpoint-every", "8", "--save-model")
 KILLS = 20 if settings.default.max_examples > 1000 else 3
@@ -145,6 +146,7 @@ def test_damaged_checkpoints_alone_are_refused_and_kept(whole: Path, tmp_path: P
     assert main(["--resume", str(tmp_path)]) == 1
     assert "no checkpoint of net can be read" in capsys.readouterr().err
     assert all(checkpoint.exists() for checkpoint in checkpoints)
+    assert (tmp_path / "net/model.safetensors").read_bytes() == (whole / "net/model.safetensors").read_bytes()
     assert metrics(tmp_path) == metrics(whole)
 
 
@@ -209,6 +211,35 @@ def test_resuming_repeats_jaxs_random_numbers_too(tmp_path: Path) -> None:
     assert int(copied(first, second, newest=False).name) % 45, "in the middle of an epoch"
     assert main(["--resume", str(second)]) == 0
     assert_ended_alike(second, first, rng="jax")
+
+
+def test_a_checkpoint_within_what_is_dispatched_at_once_is_of_its_own_step(tmp_path: Path) -> None:
+    """An epoch's 45 steps do not divide the 50 after which a checkpoint falls."""
+    first, second = tmp_path / "a", tmp_path / "b"
+    assert main([*FLAGS, "--checkpoint-every", "50", "--dispatch", "50", "--out", str(first)]) == 0
+    assert copied(first, second, newest=False).name == "50"
+    assert main(["--resume", str(second)]) == 0
+    assert_ended_alike(second, first)
+
+
+def test_the_seconds_before_a_checkpoint_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    with monkeypatch.context() as slow:
+        slow.setattr(Monitor, "step", lambda *_: time.sleep(0.01))
+        assert main([*FLAGS, "--epochs", "1", "--checkpoint-every", "44", "--out", str(first)]) == 0
+    assert copied(first, second, newest=False).name == "44"
+    assert main(["--resume", str(second)]) == 0
+    timing = json.loads((second / "net/metrics.jsonl").read_text())["timing"]
+    assert timing["training_seconds"] > 0.44
+    assert timing["images_per_second"] < 1437 / 0.44
+
+
+def test_weights_that_are_not_finite_end_the_training_before_a_checkpoint_holds_them(
+    tmp_path: Path, capsys: Any
+) -> None:
+    assert main([*FLAGS, "--lr", "1e30", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: net: the weights are not finite after step 8: lower --lr\n"
+    assert not list((tmp_path / "net/checkpoints").iterdir())
 
 
 def test_the_newest_two_and_the_most_accurate_are_kept(whole: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from train import originals
 from train.__main__ import main
 from train.config import RECIPES, Config
 from train.data import load
+from train.report import Monitor
 
 PICTURES = ("curves.png", "confusion.png")
 
@@ -76,6 +77,23 @@ def test_second_ctrl_c_ends_at_once_without_traceback(tmp_path: Path) -> None:
     assert err in ("", "error: interrupted\n")
 
 
+def test_ctrl_c_saves_the_models_before_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def epoch(monitor: Monitor, _: object) -> None:
+        if monitor.learner.model == "net":
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Monitor, "epoch", epoch)
+    assert main(["--devices", "1", "--epochs", "1", "--out", str(tmp_path)]) == 130
+    for model in ("cnn", "net"):
+        assert torch_accuracy(model, tmp_path) == pytest.approx(rows(tmp_path / model)[-1]["validation"]["accuracy"])
+
+
+def test_ctrl_c_while_the_report_is_written_saves_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.run.save_report", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert main(["--devices", "1", "--model", "net", "--epochs", "1", "--out", str(tmp_path)]) == 130
+    assert (tmp_path / "net/model.safetensors").exists()
+
+
 def test_closed_pipe_ends_without_traceback(tmp_path: Path) -> None:
     with start_training("--model", "net", "--epochs", "5000", cwd=tmp_path) as process:
         assert process.stdout
@@ -122,6 +140,16 @@ def test_saved_model_gives_the_same_accuracy_in_torch(tmp_path: Path, model: str
     command = ["--model", model, "--epochs", "2", "--save-model", "--target-accuracy", "0.5"]
     assert main(["--devices", "1", *command, "--out", str(tmp_path)]) == 0
     assert torch_accuracy(model, tmp_path) == pytest.approx(rows(tmp_path / model)[-1]["validation"]["accuracy"])
+    assert (tmp_path / model / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+
+
+def test_model_that_fits_on_no_disk_is_one_line_and_no_file(tmp_path: Path) -> None:
+    command = ("--model", "cnn", "--epochs", "1", "--save-model", "--out", tmp_path)
+    _, error = start_training(*command, limit="ulimit -f 150;").communicate(timeout=120)
+    file = tmp_path / "cnn/model.safetensors"
+    assert error.startswith(f"error: {file} cannot be written: ")
+    assert error.count("\n") == 1, error
+    assert not list(file.parent.glob("model*"))
 
 
 def test_same_seed_gives_the_same_metrics(tmp_path: Path) -> None:
@@ -227,6 +255,23 @@ def test_out_with_a_run_in_it_is_refused(tmp_path: Path, capsys: Capture) -> Non
     assert "holds a run already" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert json.loads((tmp_path / "config.json").read_text())["recipes"]["net"]["epochs"] == 1
+
+
+def test_out_with_a_models_folder_in_it_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    weights = tmp_path / "net/model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"mine")
+    assert main(["--epochs", "1", "--out", str(tmp_path)]) == 2
+    assert "holds a run already: choose another folder" in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [weights]
+    assert weights.read_bytes() == b"mine"
+
+
+def test_runs_that_leads_nowhere_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to("gone")
+    assert main(["--model", "net", "--epochs", "1"]) == 2
+    assert capsys.readouterr().err == "error: [Errno 17] File exists: 'runs'\n"
 
 
 def test_flags_replace_the_recipe_and_another_optimizer_brings_its_rate() -> None:

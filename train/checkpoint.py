@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from train.config import UserError
 from train.loop import Epoch, Learner, Phase
+from train.steps import finite
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every save, and of errors that we tell
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of other writes of a save that has failed already
@@ -61,13 +63,20 @@ class Checkpoints:
         """Write where the training stands, and the results of the epochs that are done."""
         step = learner.steps_done
         arrays = {"state": _plain(learner.state), "order": learner.order, "random": learner.random.state()}
-        progress = {"epoch": learner.epoch, "step": learner.step, "epochs": [asdict(epoch) for epoch in epochs]}
+        progress = {
+            "epoch": learner.epoch,
+            "step": learner.step,
+            "seconds": time.perf_counter() - learner.began,
+            "epochs": [asdict(epoch) for epoch in epochs],
+        }
         items = ocp.args.Composite(
             arrays=ocp.args.StandardSave(arrays),
             progress=ocp.args.JsonSave(progress),
         )
         # In the middle of an epoch the accuracy is not known.
         accuracy = epochs[-1].validation.accuracy if epochs and not learner.step else -1.0
+        if not finite(learner.state.params):
+            raise UserError(f"{learner.model}: the weights are not finite after step {step}: lower --lr", exit_code=1)
         try:
             if step in self._manager.all_steps():  # a damaged one, passed over when the run was resumed
                 self._manager.delete(step)
@@ -102,6 +111,7 @@ class Checkpoints:
         learner.random.set_state(arrays["random"])
         learner.order = np.asarray(arrays["order"])
         learner.epoch, learner.step = progress["epoch"], progress["step"]
+        learner.began = time.perf_counter() - progress["seconds"]
         return [
             Epoch(each["number"], each["lr"], Phase(**each["training"]), Phase(**each["validation"]))
             for each in progress["epochs"]

@@ -1,4 +1,4 @@
-"""What all commands share: an error that the user can mend is one line on stderr."""
+"""What all commands share: an error that the user can mend is one line on stderr, a file of weights is whole."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +28,18 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int | None]) -> Calla
             return _fail("interrupted", 130)
 
     return command
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(content)
+        part.rename(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _fail(message: str, exit_code: int) -> int:

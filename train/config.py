@@ -100,7 +100,7 @@ class Config:
     dry_run: bool = False
     """One step and one evaluation of each model. Writes nothing and judges no target."""
     save_model: bool = False
-    """Write model.safetensors with PyTorch's names and layouts. An interrupted run always does."""
+    """Write model.safetensors with PyTorch's names and layouts. An interrupted run of one process always does."""
     target_accuracy: float | None = None
     """Exit with 1 unless every model reaches this fraction of the test images, in (0, 1]."""
     out: Path | None = None

@@ -12,7 +12,7 @@ import tyro
 from safetensors.numpy import save
 from tyro.conf import Positional, arg
 
-from train.command import Run, one_line_errors
+from train.command import Run, one_line_errors, write_whole
 from train.config import ModelName, UserError, read_config
 
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if others:
         raise UserError(f"{asked.run} has two models: choose with --model cnn or --model net")
     weights = to_torch(model.module)
-    _write(asked.out, save(weights) if asked.out.suffix == ".safetensors" else _pickled(weights))
+    write_whole(asked.out, save(weights) if asked.out.suffix == ".safetensors" else _pickled(weights))
     print(f"{asked.out}: {model.name} with the weights from {model.source}")
 
 
@@ -56,16 +56,6 @@ def _pickled(weights: dict[str, np.ndarray]) -> bytes:
     file = io.BytesIO()
     torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, file)
     return file.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_bytes(content)
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,7 @@ class Learner:
         devices: how many there are.
         dispatch: how many steps are dispatched at once.
         order: in which that epoch takes the training images.
+        began: when its training did, on time.perf_counter's clock; after a pause at a checkpoint, so much later.
     """
 
     def __init__(
@@ -122,11 +123,12 @@ class Learner:
         dtype: jax.typing.DTypeLike = jnp.float32,
         mesh: Mesh | None = None,
         dispatch: int = 1,
+        checkpoint_every: int = 0,
     ) -> None:
         """Draw the weights from ``seed`` and compile.
 
         The mesh has one axis, and may hold the devices of several processes, each with a learner of its own; without
-        one there is one device.
+        one there is one device. No dispatch goes beyond a multiple of ``checkpoint_every`` steps, unless that is 0.
         """
         start = time.perf_counter()
         self.model: ModelName = model
@@ -139,7 +141,7 @@ class Learner:
         self.train, self.test = self.place((data.train, data.test))
         self.batch_size = min(recipe.batch_size, len(data.train.labels))
         self.steps_per_epoch = math.ceil(len(data.train.labels) / self.batch_size)
-        self.dispatch = min(dispatch, self.steps_per_epoch)
+        self.dispatch = math.gcd(min(dispatch, self.steps_per_epoch), checkpoint_every)
         self._optimizer = make_optimizer(recipe, self.steps_per_epoch)
         self.start(seed)
         self._compile()
@@ -149,6 +151,7 @@ class Learner:
         """Draw the first weights, and be at the beginning."""
         self.random = RANDOMNESS[self.rng](self.model, seed)
         self.epoch, self.step, self.order = 1, 0, np.arange(len(self.train.labels))
+        self.began = time.perf_counter()
         self.module = self.random.module()
         self.forward, params = functional(self.module)
         params = jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
@@ -224,8 +227,8 @@ class Learner:
 
     def train_epoch(self, stop: Event, on_step: Callable[[int, Cost], None]) -> Phase:
         """Every training image that is left of the epoch; after at least one dispatch, ``stop`` ends it early."""
-        start = time.perf_counter()
         if not self.step:
+            self.began = time.perf_counter()
             self.order = self.random.order(self.epoch, len(self.train.labels))
             self.state = self.state._replace(totals=zero_totals())
         batches, costs = self._batches(self.order), jnp.zeros(())
@@ -236,7 +239,7 @@ class Learner:
                 on_step(self.step, Cost(costs, number))
             if stop.is_set():
                 break
-        return read(self.state.totals, self.step, min(self.step * self.batch_size, len(self.order)), start)
+        return read(self.state.totals, self.step, min(self.step * self.batch_size, len(self.order)), self.began)
 
     def _batches(self, order: np.ndarray) -> np.ndarray:
         return batched(order, self.batch_size, self.devices * self._calls)

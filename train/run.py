@@ -1,7 +1,6 @@
 """A whole run: load the data, train each model, save, report."""
 
 import json
-import math
 import os
 import signal
 import sys
@@ -17,11 +16,12 @@ import flax
 import jax
 import optax
 from rich.console import Console
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 import jaxloss
 from jaxloss.parity import to_torch
-from train.config import Config, ModelName, UserError
+from train.command import write_whole
+from train.config import Config, UserError
 from train.data import Dataset, load
 from train.devices import join, make_mesh, watched
 from train.html import save_report
@@ -31,6 +31,8 @@ from train.report import Monitor, Result, table
 
 if TYPE_CHECKING:
     from train.checkpoint import Checkpoints
+
+WEIGHTS = "model.safetensors"
 
 
 def run(config: Config) -> int:
@@ -42,23 +44,37 @@ def run(config: Config) -> int:
 
 def _run(config: Config) -> int:
     writes = jax.process_index() == 0
-    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not writes)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=not writes)
     mesh = make_mesh(config.devices)
     data = load(config.data, config.data_dir, config.download)
     folder = None if config.dry_run or not writes else config.resume or _make_folder(config)
     results = []
     with _interruptible() as interrupted:
         for model in config.models:
-            dispatch = _dispatch(config, model)
-            learner = Learner(model, config.recipe(model), data, config.seed, config.rng, mesh=mesh, dispatch=dispatch)
-            outdated = folder is not None and _remove_weights(folder / model)
+            recipe = config.recipe(model)
+            dispatch = 1 if config.dry_run else config.dispatch or default_dispatch(model, recipe)
+            learner = Learner(
+                model,
+                recipe,
+                data,
+                config.seed,
+                config.rng,
+                mesh=mesh,
+                dispatch=dispatch,
+                checkpoint_every=config.checkpoint_every,
+            )
+            weights = config.save_model or (folder is not None and (folder / model / WEIGHTS).exists())
             results.append(_train(learner, config, folder, interrupted, console))
             if folder:
-                weights = config.save_model or outdated or interrupted.is_set()
-                _save(results[-1], folder / model, data, weights=weights)
+                _draw(results[-1], folder / model, data)
+                if weights:
+                    _save(results[-1], folder)
                 save_report(folder / "report.html", results, data)
             if interrupted.is_set():
                 break
+        if folder and interrupted.is_set():
+            for result in results:
+                _save(result, folder)
     console.print(table(results))
     console.print(data.note)
     if folder:
@@ -84,6 +100,7 @@ def _train(learner: Learner, config: Config, folder: Path | None, interrupted: E
         epochs, damaged = checkpoints.restore(learner)
         console.print(*damaged, f"going on after step {learner.steps_done}", sep="\n")
         if folder:
+            (folder / learner.model / WEIGHTS).unlink(missing_ok=True)  # outdated once the training goes on
             _record(folder / learner.model, epochs, mode="w")
     with Monitor(console, learner, config.log_interval) as monitor:
 
@@ -103,14 +120,6 @@ def _train(learner: Learner, config: Config, folder: Path | None, interrupted: E
     if interrupted.is_set():
         console.print("interrupted: saving and reporting what was learned so far")
     return Result(learner, epochs, learner.evaluate()[1])
-
-
-def _dispatch(config: Config, model: ModelName) -> int:
-    """How many steps at once, so that each checkpoint falls between two dispatches."""
-    if config.dry_run:
-        return 1
-    asked = config.dispatch or default_dispatch(model, config.recipe(model))
-    return math.gcd(asked, config.checkpoint_every)
 
 
 def _ahead(ahead: Iterator[Epoch], config: Config, folder: Path | None, done: list[Epoch]) -> Iterator[Epoch]:
@@ -133,6 +142,8 @@ def _checkpoints(config: Config, folder: Path | None, learner: Learner) -> "Chec
 def _make_folder(config: Config) -> Path:
     """The run's folder, with its config.json and a folder for each model; never one that holds a run already."""
     folder = config.out or _new_folder(f"{config.data}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if any((folder / name).exists() for name in ("config.json", *config.models)):
+        raise UserError(f"--out {folder} holds a run already: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     about = {
         **asdict(config),
@@ -140,22 +151,20 @@ def _make_folder(config: Config) -> Path:
         "versions": {module.__name__: module.__version__ for module in (jaxloss, jax, flax, optax)},
         "device": jax.devices()[0].device_kind,
     }
-    try:
-        with (folder / "config.json").open("x") as file:
-            json.dump(about, file, default=str, indent=2)
-    except FileExistsError as error:
-        raise UserError(f"--out {folder} holds a run already: choose another folder") from error
+    with (folder / "config.json").open("x") as file:
+        json.dump(about, file, default=str, indent=2)
     for model in config.models:
-        (folder / model).mkdir(exist_ok=True)
+        (folder / model).mkdir()
     return folder
 
 
 def _new_folder(stem: str) -> Path:
     """runs/stem, or the first of runs/stem-1, runs/stem-2, ... that no other run has taken."""
     folder, number = Path("runs", stem), 0
+    folder.parent.mkdir(exist_ok=True)
     while True:
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
         except FileExistsError:
             number += 1
             folder = folder.with_name(f"{stem}-{number}")
@@ -173,22 +182,17 @@ def _record(folder: Path, epochs: list[Epoch], mode: str = "a") -> None:
             print(json.dumps({"epoch": epoch.number, "lr": epoch.lr, **phases, "timing": timing}), file=file)
 
 
-def _remove_weights(folder: Path) -> bool:
-    """Whether there were any: what an interruption has saved is outdated once the training goes on."""
-    file = folder / "model.safetensors"
-    outdated = file.exists()
-    file.unlink(missing_ok=True)
-    return outdated
-
-
-def _save(result: Result, folder: Path, data: Dataset, *, weights: bool) -> None:
-    """The pictures of one model, and its weights if wanted."""
+def _draw(result: Result, folder: Path, data: Dataset) -> None:
+    """The pictures of one model."""
     learner = result.learner
     title = f"{learner.model}, {learner.loss.__name__}: {result.accuracy:.2%} of {len(data.test.labels)} test images"
     save_curves(folder / "curves.png", title, result.epochs)
     save_confusion(folder / "confusion.png", title, result.outputs, data)
-    if weights:
-        save_file(to_torch(learner.trained()), folder / "model.safetensors")
+
+
+def _save(result: Result, folder: Path) -> None:
+    """The weights of one model."""
+    write_whole(folder / result.learner.model / WEIGHTS, save(to_torch(result.learner.trained())))
 
 
 def _judge(results: list[Result], target: float) -> None:

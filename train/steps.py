@@ -77,6 +77,11 @@ def zero_sums(params: Params) -> Sums:
     return Sums((jnp.zeros((), dtype_of(params)), jnp.zeros((), jnp.int32)), jax.tree.map(jnp.zeros_like, params))
 
 
+def finite(tree: Any) -> bool:
+    """Whether all numbers in it are; waits for them."""
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
 def count_correct(outputs: Array, labels: Array) -> Array:
     """How many rows have their largest output at the label; ignored rows never do."""
     return jnp.sum(outputs.argmax(axis=-1) == labels, dtype=jnp.int32)
