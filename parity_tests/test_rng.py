@@ -56,7 +56,7 @@ def test_orders_of_a_loader_with_evaluation_between():
             assert_same_bits(ours.epoch(7, shuffle=False), torch.cat(list(test)))
 
 
-@pytest.mark.parametrize("p", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.0, 0.25, 0.5, 0.9, 1.0])
 def test_dropout(p):
     for seed in SEEDS:
         torch.manual_seed(seed)
@@ -64,6 +64,13 @@ def test_dropout(p):
         assert_same_bits(ours.kept((40, 30), p), F.dropout(torch.ones(40, 30), p) != 0)
         assert_same_bits(ours.kept((4, 5, 1, 1), p), F.dropout2d(torch.ones(4, 5, 3, 3), p)[:, :, :1, :1] != 0)
         assert_same_bits(ours.kept((2, 3, 4, 5), p), F.dropout(torch.ones(2, 3, 4, 5), p) != 0)
+        assert_same_bits(ours.uniform((1,)), torch.rand(1))
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
+def test_dropout_of_no_probability_is_an_error(p):
+    with pytest.raises(ValueError, match=r"p must lie in \[0, 1\]"):
+        rng.Generator(0).kept((1,), p)
 
 
 def test_initialisation_of_layers():
@@ -77,6 +84,17 @@ def test_initialisation_of_layers():
         for layer, gain in zip(layers, (1.0, 2**0.5), strict=True):
             expected = nn.init.xavier_uniform_(layer.weight, gain)
             assert_same_bits(ours.xavier_uniform(expected.shape, gain=gain), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+def test_initialisation_of_layers_without_inputs():
+    torch.manual_seed(0)
+    ours = rng.Generator(0)
+    layers = nn.Linear(0, 3), nn.Conv2d(0, 3, (2, 2))
+    for layer, arrays in zip(layers, (ours.linear(0, 3), ours.conv2d(0, 3, (2, 2))), strict=True):
+        for name, tensor in layer.state_dict().items():
+            assert_same_bits(arrays[name], tensor)
+    assert_same_bits(ours.uniform((1,)), torch.rand(1))
 
 
 def test_stream_goes_on_from_its_state():

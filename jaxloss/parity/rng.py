@@ -81,14 +81,21 @@ class Generator:
 
         Args:
             shape: PyTorch's, so (N, C, H, W) for images; (N, C, 1, 1) for `dropout2d`, which draws once a channel.
-            p: probability of an element to be dropped.
+            p: probability of an element to be dropped, in [0, 1]; for 0 and 1 nothing is drawn.
 
         Returns:
             Booleans of this shape. PyTorch multiplies what is kept by float32(1 / (1 - p)).
 
+        Raises:
+            ValueError: p is not in [0, 1].
+
         References:
             https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.dropout.html
         """
+        if not 0 <= p <= 1:
+            raise ValueError(f"p must lie in [0, 1], got {p}")
+        if p in (0, 1):
+            return np.full(shape, p == 0)
         units = (self.uint64(math.prod(shape)) & np.uint64(2**53 - 1)) * 2.0**-53
         return (units < 1 - p).reshape(shape)
 
@@ -141,6 +148,7 @@ class Generator:
         """The default initialisation: `kaiming_uniform_` with a = √5, then the bias."""
         fan_in = math.prod(shape[1:])
         gain = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
-        bound = math.sqrt(3.0) * (gain / math.sqrt(fan_in))
+        root = math.sqrt(fan_in) or math.inf  # without inputs PyTorch's bounds are 0
+        bound = math.sqrt(3.0) * (gain / root)
         weight = self.uniform(shape, -bound, bound)
-        return {"weight": weight, "bias": self.uniform(shape[:1], -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))}
+        return {"weight": weight, "bias": self.uniform(shape[:1], -1 / root, 1 / root)}
