@@ -12,7 +12,7 @@ import pytest
 import torch
 from flax import nnx
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 
 from parity_tests.commands import ROOT
@@ -155,6 +155,12 @@ def test_test_images_in_files_are_read_as_they_are(tmp_path: Path, change: Calla
         np.testing.assert_array_equal(read_image(path, "digits"), image)
 
 
+def test_16_bits_of_a_pgm_file_are_read_as_they_are(tmp_path: Path) -> None:
+    image = np.asarray(load("digits").test.images[0])
+    (tmp_path / "digit.pgm").write_bytes(b"P5 28 28 65535\n" + (image.astype(">u2") * 257).tobytes())
+    np.testing.assert_array_equal(read_image(tmp_path / "digit.pgm", "digits"), image)
+
+
 @pytest.mark.parametrize("change", ALIKE.values(), ids=ALIKE)
 def test_large_pictures_of_test_images_are_seen_alike(
     tmp_path: Path, models: list[Saved], change: Callable[..., np.ndarray]
@@ -276,6 +282,38 @@ def test_runs_that_cannot_be_used_are_named_in_one_line(
     assert "holds no run" in error()
 
 
+@pytest.mark.parametrize(("command", "rest"), COMMANDS.values(), ids=COMMANDS)
+def test_weights_that_are_not_finite_are_refused(
+    copy: Path, capsys: Capture, command: Callable[..., int], rest: tuple[str, ...]
+) -> None:
+    weights = copy / "net/model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv2.bias"][3] = torch.nan
+    save_file(tensors, weights)
+    assert f"{weights}: not all weights are finite" in error_of(capsys, command, copy, *rest, "--model", "net")
+
+
+def test_names_of_emoji_are_printed_as_they_are(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    copy.rename(":cat:")
+    (picture,) = save(tmp_path, lambda image: image, 1)
+    picture.rename(":dog:.png")
+    assert predict.main([":cat:", ":dog:.png"]) == 0
+    assert evaluate.main([":cat:"]) == 0
+    assert main(["--devices", "1", "--model", "net", "--epochs", "1", "--out", ":cow:"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in (":cat:/net/model.safetensors", ":dog:.png", ":cow:/report.html"))
+
+
+def test_evaluation_needs_no_tensorboard(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"tensorboard": True}))
+    monkeypatch.setattr("train.config.find_spec", lambda name: None)
+    assert evaluate.main([str(copy)]) == 0
+
+
 def test_a_model_without_weights_is_left_out_unless_asked_for(copy: Path, capsys: Capture) -> None:
     shutil.rmtree(copy / "net")
     assert evaluate.main([str(copy), "--json"]) == 0
@@ -288,11 +326,19 @@ def test_pictures_that_cannot_be_used_are_named_in_one_line(run: Path, tmp_path:
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:100])
     Image.new("L", (50, 50), 255).save(tmp_path / "blank.png")
+    Image.new("I", (28, 28)).save(tmp_path / "integers.tif")
+    Image.new("F", (28, 28)).save(tmp_path / "floats.tif")
+    dots = np.zeros((2000, 2000), np.uint8)
+    dots[[100, 1900], [100, 1900]] = 255
+    Image.fromarray(dots).save(tmp_path / "dots.png")
     for name, message in {
         "missing.png": "No such file",
         "text.png": "cannot identify image file",
         "cut.png": "cannot be read as an image",
         "blank.png": "nothing stands out from the background",
+        "dots.png": "nothing stands out from the background",
+        "integers.tif": "32-bit pixels have no known range: save it with 8 or 16 bits",
+        "floats.tif": "32-bit pixels have no known range: save it with 8 or 16 bits",
         "": "cannot be read as an image",
     }.items():
         error = error_of(capsys, predict.main, run, whole, tmp_path / name)

@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate and print."""
     asked = tyro.cli(Evaluate, prog="python -m train.evaluate", args=arguments, config=(FlagCreatePairsOff,))
     started = read_config(asked.run)
-    config = replace(started, data_dir=asked.data_dir or started.data_dir, download=asked.download)
+    data_dir = asked.data_dir or started.data_dir
+    config = replace(started, data_dir=data_dir, download=asked.download, tensorboard=False)  # which needs a package
     config.check()
     from train.data import load  # JAX loads here, after mistakes and --help have been answered
     from train.saved import evaluate, read_models
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = read_models(asked.run, config, asked.model)
     data = load(config.data, config.data_dir, config.download)
     results = {model.name: evaluate(model, data) for model in models}
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     if asked.json:
         console.print(json.dumps(results))
         return

@@ -45,10 +45,12 @@ def read_image(path: Path, data: DataName) -> np.ndarray:
     ground, middle = np.median(np.concatenate([*grey[[0, -1]], *grey.T[[0, -1]]])), (grey.min() + grey.max()) / 2
     if ground > middle:
         grey, ground = 255 - grey, 255 - ground
-    if grey.max() - ground <= FAINT:
-        raise UserError(f"{path}: nothing stands out from the background")
-    if grey.shape != (SIZE, SIZE):
+    faint = grey.max() - ground <= FAINT
+    if not faint and grey.shape != (SIZE, SIZE):
         grey = _fit(np.maximum(grey - ground, 0) * (255 / (grey.max() - ground)), FITS[data])
+        faint = grey.max() <= FAINT  # small marks far apart
+    if faint:
+        raise UserError(f"{path}: nothing stands out from the background")
     return grey.round().astype(np.uint8)
 
 
@@ -57,8 +59,11 @@ def _grey(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):  # Pillow would cut off at 255
+            # Pillow would cut off at 255.
+            if image.mode.startswith("I;16") or (image.mode, file.format) == ("I", "PPM"):
                 return np.asarray(image, np.float32) / 257
+            if image.mode in ("I", "F"):
+                raise ValueError("32-bit pixels have no known range: save it with 8 or 16 bits")
             image = image.convert("RGBA")
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error

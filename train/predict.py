@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     models = read_models(asked.run, config, asked.model)
     images, names = read_images(asked.images, config.data), CLASSES[config.data]
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     for model in models:
         table = Table(model.name, "1st", "2nd", "3rd", box=box.SIMPLE_HEAD, pad_edge=False)
         table.columns[0].overflow = "fold"

@@ -16,7 +16,7 @@ from train.config import Config, ModelName, UserError
 from train.data import Dataset, Split
 from train.loop import EVALUATION_BATCH, LOSSES
 from train.randomness import JaxRandomness
-from train.steps import batched, take
+from train.steps import batched, finite, take
 
 
 class Saved(NamedTuple):
@@ -54,11 +54,14 @@ def _read(name: ModelName, source: Path) -> Saved:
 
         params, where = newest_params(source, nnx.state(module, nnx.Param))
         nnx.update(module, params)
-        return Saved(name, module, where)
-    try:
-        return Saved(name, load_torch(module, source), str(source))
-    except ValueError as error:
-        raise UserError(f"{source} does not hold a {name}: {error}") from error
+    else:
+        try:
+            module, where = load_torch(module, source), str(source)
+        except ValueError as error:
+            raise UserError(f"{source} does not hold a {name}: {error}") from error
+    if not finite(nnx.state(module, nnx.Param)):
+        raise UserError(f"{where}: not all weights are finite: train again with a lower --lr")
+    return Saved(name, module, where)
 
 
 def evaluate(model: Saved, data: Dataset) -> dict[str, Any]:
