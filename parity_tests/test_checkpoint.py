@@ -165,7 +165,8 @@ def test_other_flags_are_refused(whole: Path, capsys: Any, flags: tuple[str, ...
 def test_what_is_no_run_or_has_no_checkpoints_is_refused(tmp_path: Path, capsys: Any) -> None:
     assert main(["--resume", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
-    (tmp_path / "config.json").write_text("{}")
+    about = {"recipes": {"cnn": {}, "net": {}}, "versions": {}, "device": "cpu"}
+    (tmp_path / "config.json").write_text(json.dumps(about))
     assert main(["--resume", str(tmp_path)]) == 2
     assert "without --checkpoint-every" in capsys.readouterr().err
 

@@ -273,11 +273,17 @@ def test_runs_that_cannot_be_used_are_named_in_one_line(
     assert "no checkpoint that can be read: checkpoint 90 is damaged" in error()
     shutil.rmtree(copy / "net/checkpoints")
     assert "no weights of net: train with --save-model or --checkpoint-every" in error()
-    (copy / "config.json").write_text('{"model": "cnn"}')
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model": "cnn"}))
     assert "--model net: the run" in error()
     for content in ("[]", "{"):
         (copy / "config.json").write_text(content)
         assert "holds no run" in error()
+    for name, value in {"model": "vgg", "epochs": "three", "lr": [], "data_dir": 1, "recipes": None}.items():
+        (copy / "config.json").write_text(json.dumps(config | {name: value}))
+        assert f"holds no run of python -m train that can be read: {name} is {value} in config.json" in error()
+    (copy / "config.json").write_text(json.dumps(config | {"recipes": {"cnn": {}}}))
+    assert "config.json has no recipe of net" in error()
     shutil.rmtree(copy)
     assert "holds no run" in error()
 

@@ -4,10 +4,10 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from tyro.conf import arg
 
@@ -210,12 +210,28 @@ class Config:
 
 def read_config(folder: Path) -> Config:
     """What the run in a folder was started with."""
+    kinds: dict[str, Any] = get_type_hints(Config)
     try:
         about = json.loads((folder / "config.json").read_text())
         if not isinstance(about, dict):
             raise ValueError("config.json holds no object")
+        about = {**asdict(Config()), **about}
+        for name, kind in {**kinds, "recipes": dict, "versions": dict, "device": str}.items():
+            if not _fits(about.get(name), kind):
+                raise ValueError(f"{name} is {about.get(name)} in config.json")
+        paths = {name: Path(about[name]) for name in ("data_dir", "out") if about[name] is not None}
+        config = Config(**{**{name: about[name] for name in kinds}, **paths, "resume": None})
+        if missing := set(config.models) - set(about["recipes"]):
+            raise ValueError(f"config.json has no recipe of {' and '.join(sorted(missing))}")
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no run of python -m train: {error}") from error
-    known: dict[str, Any] = {field.name: about[field.name] for field in fields(Config) if field.name in about}
-    paths = {name: Path(known[name]) for name in ("data_dir", "out") if known.get(name) is not None}
-    return Config(**{**known, **paths, "resume": None})
+        raise UserError(f"{folder} holds no run of python -m train that can be read: {error}") from error
+    return config
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether JSON's value can be of that type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if union := get_args(kind):
+        return any(_fits(value, each) for each in union)
+    return isinstance(value, {Path: str, float: (int, float)}.get(kind, kind))
