@@ -14,7 +14,7 @@ from rich.table import Table
 
 from train.config import RECIPES, ModelName
 from train.data import load
-from train.twin import distance, train_jax, train_torch
+from train.twins import distance, train_jax, train_torch
 
 SEEDS = range(10)
 

@@ -197,7 +197,7 @@ def files(folder: str, *, without: str = "\0") -> list[Path]:
     return found
 
 
-NEED_TORCH = {"originals", "twin", "export"}
+NEED_TORCH = {"originals", "twin", "twins", "export"}
 
 
 def test_imports_point_one_way():

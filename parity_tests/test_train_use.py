@@ -368,15 +368,16 @@ def test_evaluation_takes_another_folder_of_data_and_names_a_missing_one(
 def test_help_and_mistakes_are_answered_before_jax_loads() -> None:
     code = """
 import sys
-from train import evaluate, export, predict
-for module in (evaluate, export, predict):
+from train import evaluate, export, predict, twin
+for module in (evaluate, export, predict, twin):
     try:
         module.main(["--help"])
     except SystemExit as answered:
         assert answered.code == 0
 assert [evaluate.main(["x"]), export.main(["x", "x.pt"]), predict.main(["x", "x.png"])] == [2, 2, 2]
+assert twin.main(["--epochs", "0"]) == 2
 sys.exit(bool({"jax", "torch"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: python -m train.") == 3
+    assert done.stdout.count("usage: python -m train.") == 4

@@ -1,5 +1,6 @@
 """The same seed gives the same training in PyTorch and in JAX: weights, batches, masks, losses and what is learned."""
 
+import sys
 from dataclasses import replace
 
 import matplotlib.image
@@ -14,12 +15,13 @@ from train import twin
 from train.config import RECIPES
 from train.data import load
 from train.randomness import TorchRandomness
+from train.twins import distance, draw, table, train_twins
 
 
 @pytest.fixture(scope="module", params=["cnn", "net"])
 def twins(request):
     recipe = replace(RECIPES["digits"][request.param], epochs=1)
-    return twin.train_twins(request.param, recipe, load("digits"), seed=0)
+    return train_twins(request.param, recipe, load("digits"), seed=0)
 
 
 def test_batches_and_masks_are_pytorchs(twins):
@@ -33,15 +35,15 @@ def test_batches_and_masks_are_pytorchs(twins):
 
 
 def test_float64_weights_are_the_same_after_an_epoch(twins):
-    assert twin.distance(twins.jax64.gradient, twins.torch64.gradient) < 1e-12
-    assert twin.distance(twins.jax64.weights[-1], twins.torch64.weights[-1]) < 1e-9
+    assert distance(twins.jax64.gradient, twins.torch64.gradient) < 1e-12
+    assert distance(twins.jax64.weights[-1], twins.torch64.weights[-1]) < 1e-9
     assert np.allclose(twins.jax64.losses, twins.torch64.losses, rtol=1e-10)
-    assert twin.distance(twins.jax64.weights[-1], twins.torch32.weights[-1]) > 1e-9, "float32 must differ"
+    assert distance(twins.jax64.weights[-1], twins.torch32.weights[-1]) > 1e-9, "float32 must differ"
 
 
 def test_first_float32_gradient_is_as_near_to_float64_as_pytorchs(twins):
     exact = twins.torch64.gradient
-    assert twin.distance(twins.jax32.gradient, exact) < 3 * twin.distance(twins.torch32.gradient, exact)
+    assert distance(twins.jax32.gradient, exact) < 3 * distance(twins.torch32.gradient, exact)
 
 
 @pytest.mark.skipif(settings.default.max_examples < 1000, reason="takes minutes: --hypothesis-profile=thorough")
@@ -57,20 +59,42 @@ def test_the_noise_floor_tells_other_weights():
 
 def test_another_seed_gives_other_weights(twins):
     other = to_torch(TorchRandomness(twins.model, 1).module())
-    assert twin.distance(other, twins.torch32.weights[0]) > 0.5
+    assert distance(other, twins.torch32.weights[0]) > 0.5
 
 
 def test_table_and_picture(twins, tmp_path):
     console = Console(record=True, width=100)
-    console.print(twin.table([twins], load("digits")))
+    console.print(table([twins], load("digits")))
     text = console.export_text()
     assert "45 of 45" in text
     assert "weights, float64, epoch 1" in text
-    twin.draw([twins], tmp_path / "twin.png")
+    draw([twins], tmp_path / "twin.png")
     assert matplotlib.image.imread(tmp_path / "twin.png").std() > 0.05
 
 
-def test_mistakes_are_one_line(capsys):
-    for arguments in (["--epochs", "0"], ["--data", "mnist", "--data-dir", "nowhere"]):
-        assert twin.main(arguments) == 2
-        assert capsys.readouterr().err.startswith("error: ")
+MISTAKES = {
+    "no epochs": ("--epochs 0", "--epochs must be at least 1, got 0"),
+    "no such data": ("--data mnist --data-dir nowhere", "mnist: nowhere: No such file or directory"),
+    "folder for digits": ("--data-dir .", "--data-dir and --download need --data mnist or fashion-mnist"),
+    "seed too large": ("--seed 4294967296", "--seed must lie in [0, 2**32), got 4294967296"),
+    "no kind of picture": ("--out x.xyz", "--out x.xyz must end in .eps, "),
+    "no suffix": ("--out x", "--out x must end in .eps, "),
+    "no folder": ("--out nowhere/x.png", "--out nowhere/x.png: there is no folder nowhere"),
+}
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistake_is_one_line_before_training(command, message, monkeypatch, capsys):
+    monkeypatch.setattr("train.twins.train_twins", None)
+    assert twin.main(command.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_without_torch_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
+    assert twin.main([]) == 2
+    assert capsys.readouterr().err == "error: the originals need PyTorch: pip install torch\n"
