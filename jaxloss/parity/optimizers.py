@@ -117,9 +117,9 @@ def optimizer_by_name(
     Examples:
         >>> import jax.numpy as jnp
         >>> from jaxloss import parity
-        >>> adam = parity.optimizer_by_name("Adam", lr=0.1)
-        >>> adam.update(jnp.array([5.0]), adam.init(jnp.zeros(1)))[0]
-        Array([-0.1], dtype=float32)
+        >>> adam = parity.optimizer_by_name("Adam", lr=0.5)
+        >>> adam.update(jnp.array([5.0]), adam.init(jnp.zeros(1)))[0].round(2)
+        Array([-0.5], dtype=float32)
 
     References:
         https://docs.pytorch.org/docs/stable/optim.html
