@@ -16,6 +16,7 @@ from jaxloss import parity
 from jaxloss.parity import load_torch
 from jaxloss.parity._compare import Rounding
 from jaxloss.parity._findings import Finding
+from parity_tests.without_torch import BatchNorm
 from parity_tests.zoo import CASES, randomise
 
 
@@ -429,6 +430,44 @@ def test_half_precision_that_only_float32_meets_fails_there():
     report = parity.check(module, port, torch.randn(50, 40), steps=0)
     assert {finding.dtype for finding in report.failures()} == {"float32"}
     assert report.first_divergence.quantity == "output"
+
+
+class TorchNoisy(nn.Module):
+    """Group norm before batch norm: its gradients are what rounding leaves of zero, and a little more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.group = nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.batch, self.fc = nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.relu(self.batch(self.group(self.conv(x)))).mean((2, 3)))
+
+
+class Noisy(nnx.Module):
+    def __init__(self, *, rounds: bool) -> None:
+        rngs, self.rounds = nnx.Rngs(0), rounds
+        self.conv = nnx.Conv(2, 4, (3, 3), padding=1, rngs=rngs)
+        self.group = nnx.GroupNorm(4, num_groups=2, epsilon=1e-5, rngs=rngs)
+        self.batch, self.fc = BatchNorm(4, momentum=0.9, epsilon=1e-5, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nnx.relu(self.batch(self.group(self.conv(x)))).mean((1, 2))
+        if self.rounds and x.dtype == jnp.float32:  # as a TF32 product does its input
+            x = jax.lax.reduce_precision(x, 8, 10)
+        return self.fc(x)
+
+
+@pytest.mark.rounding
+def test_gradients_of_noise_do_not_hide_the_rounding_of_others():
+    for seed in range(3):
+        torch.manual_seed(seed)
+        original, batch = TorchNoisy(), torch.randn(4, 2, 6, 6)
+        for rounds in (False, True):
+            port = parity.load_torch(Noisy(rounds=rounds), original.state_dict(), flatten={})
+            report = parity.check(original, port, batch, train=True, steps=0)
+            assert report.ok is not rounds, f"seed {seed}: {report}"
+            assert {finding.dtype for finding in report.failures()} <= {"float32"}
 
 
 @pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (3.0, True), (20.0, False)])

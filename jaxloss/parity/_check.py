@@ -11,7 +11,7 @@ import optax
 
 from jaxloss.parity._background import Errors
 from jaxloss.parity._batch import FlaxLoss
-from jaxloss.parity._compare import SMALL, Rounding, relative
+from jaxloss.parity._compare import SMALL, SMALL_GRADIENT, Rounding, relative
 from jaxloss.parity._detail import Detail
 from jaxloss.parity._diagnosis import Ask, diagnose
 from jaxloss.parity._environment import environment
@@ -209,12 +209,16 @@ def _compare_pieces(findings: Findings, subject: Subject, view: View, cut: CutRu
     _compare_loss(findings, subject, view)
     recording = view.recording
     for piece in pieces[last + 1 :]:
-        of_activation = piece.quantity.startswith(("gradient of input", "gradient of output", "gradient of the input"))
-        floor = recording.activation_floor if of_activation else recording.gradient_floor
+        floor = recording.activation_floor if _of_activation(piece) else recording.gradient_floor
         findings.add(*piece, floor=floor, may_be_zero=True, may_be_constant=True)
     gradients = [finding for finding in findings.all if "gradient of" in finding.quantity]
     if gradients and all(finding.negligible for finding in gradients):
         findings.fail("whole network", "gradients", "are 0 everywhere in PyTorch: nothing can be told from them")
+
+
+def _of_activation(piece: Piece) -> bool:
+    """Whether a gradient is an activation's, and not a parameter's."""
+    return piece.quantity.startswith(("gradient of input", "gradient of output", "gradient of the input"))
 
 
 def _compare_loss(findings: Findings, subject: Subject, view: View) -> None:
@@ -263,6 +267,14 @@ def _tell_free(findings: Findings, subject: Subject, view: View, free: FreeRun) 
             findings.background.tell_free(piece.place, dtype, Errors(relative(piece.ours, exact.theirs), own))
 
 
+def _least_norm(piece: Piece, recording: Recording) -> float:
+    """The norm that a small piece's error is judged relative to, if its own is less."""
+    if not piece.quantity.startswith("gradient of"):
+        return 0.0
+    largest = recording.largest_activation_gradient if _of_activation(piece) else recording.largest_gradient
+    return SMALL_GRADIENT * largest
+
+
 def _compare_rounding(findings: Findings, subject: Subject, rough: View, dtype: str) -> None:
     """Layers and edges in another dtype, judged by their error against float64 on the same rounded inputs.
 
@@ -285,7 +297,8 @@ def _compare_rounding(findings: Findings, subject: Subject, rough: View, dtype: 
         if (piece.place, piece.quantity) in negligible or not jnp.issubdtype(piece.theirs.dtype, jnp.floating):
             continue
         true = np.asarray(truth.ours)
-        rounding = Rounding.of(piece.ours, piece.theirs, true)
+        least = _least_norm(piece, rough.recording) if piece.theirs.size < SMALL else 0.0
+        rounding = Rounding.of(piece.ours, piece.theirs, true, least)
         if piece.quantity == "output" or piece.quantity.startswith("input of "):
             findings.background.tell_forced(piece.place, dtype, Errors(rounding.ours, rounding.theirs))
         if piece.theirs.size < SMALL and not rounding.problem:

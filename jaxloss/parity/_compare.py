@@ -18,6 +18,9 @@ LAYER_RATIO, LAYER_UNITS = 4.0, 4.0
 SMALL = 1000  # elements, below which arrays are judged together
 NO_ELEMENTS = "no elements: nothing was compared"
 NO_FINITE = "no finite element: nothing was compared"
+# A gradient that is less than this beside the largest may be what cancellation leaves of larger terms: relative to its
+# own norm, their rounding would hide that of all others.
+SMALL_GRADIENT = 0.01
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def widen(array: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Root-mean-square errors against float64, in units of the exact array's own."""
+    """Root-mean-square errors against float64, in units of the exact array's own, or of a larger one."""
 
     ours: float
     theirs: float
@@ -93,13 +96,13 @@ class Rounding:
     problem: str = ""
 
     @classmethod
-    def of(cls, ours: Any, theirs: np.ndarray, exact: np.ndarray) -> "Rounding":
-        """Of one array."""
+    def of(cls, ours: Any, theirs: np.ndarray, exact: np.ndarray, least: float = 0.0) -> "Rounding":
+        """Of one array; relative to a norm of at least so much."""
         ours = np.asarray(ours)
-        problem = structural_problem(ours, theirs)
+        problem = structural_problem(ours, theirs, may_be_constant=True)
         if problem:
             return cls(np.inf, 0.0, str(theirs.dtype), problem=problem)
-        return cls(relative(ours, exact), relative(theirs, exact), str(theirs.dtype), ours.size)
+        return cls(relative(ours, exact, least), relative(theirs, exact, least), str(theirs.dtype), ours.size)
 
     @classmethod
     def pooled(cls, roundings: "Sequence[Rounding]") -> "Rounding":
@@ -117,11 +120,11 @@ class Rounding:
         return LAYER_RATIO * self.theirs + LAYER_UNITS * HALF_UNIT[self.dtype]
 
 
-def relative(ours: Any, theirs: np.ndarray) -> float:
-    """‖ours - theirs‖ / ‖theirs‖ over what is finite in theirs; absolute if theirs is 0."""
+def relative(ours: Any, theirs: np.ndarray, least: float = 0.0) -> float:
+    """‖ours - theirs‖ / max(‖theirs‖, least) over what is finite in theirs; absolute if both are 0."""
     x, y = widen(np.asarray(ours)), widen(theirs)
     finite = np.isfinite(y)
-    return _norm((x - y)[finite]) / (_norm(y[finite]) or 1.0)
+    return _norm((x - y)[finite]) / (max(_norm(y[finite]), least) or 1.0)
 
 
 def _norm(array: np.ndarray) -> float:

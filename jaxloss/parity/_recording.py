@@ -15,6 +15,7 @@ Sketches = dict[str, dict[str, np.ndarray]]  # after a step: what is kept ("": p
 Noise = list[dict[str, dict[str, float]]]  # the relative distance of each sketch, step by step
 
 _SUMS, _SMALL = 8, 4096
+_ZERO = 1e-14  # of the largest gradient: what rounding may leave of none
 
 
 @dataclass
@@ -55,13 +56,23 @@ class Recording:
     @property
     def gradient_floor(self) -> float:
         """What rounding may leave of a parameter's gradient that is zero, like that of a bias before batch norm."""
-        return _floor(self.parameter_gradients.values())
+        return _ZERO * self.largest_gradient
+
+    @property
+    def largest_gradient(self) -> float:
+        """The norm of the largest of all parameters' gradients."""
+        return _largest(self.parameter_gradients.values())
 
     @property
     def activation_floor(self) -> float:
         """The same for the gradients of activations."""
+        return _ZERO * self.largest_activation_gradient
+
+    @property
+    def largest_activation_gradient(self) -> float:
+        """The norm of the largest of all activations' gradients."""
         gradients = [gradient for call in self.calls for gradient in (*call.input_gradients, call.output_gradient)]
-        return _floor(gradient for gradient in (*gradients, self.output_gradient) if gradient is not None)
+        return _largest(gradient for gradient in (*gradients, self.output_gradient) if gradient is not None)
 
     @property
     def moving(self) -> set[str]:
@@ -70,8 +81,8 @@ class Recording:
         return {name for name, array in self.parameter_gradients.items() if np.linalg.norm(array) > 100 * floor}
 
 
-def _floor(gradients: Iterable[np.ndarray]) -> float:
-    return 1e-14 * max((float(np.linalg.norm(gradient)) for gradient in gradients), default=0.0)
+def _largest(gradients: Iterable[np.ndarray]) -> float:
+    return max((float(np.linalg.norm(gradient)) for gradient in gradients), default=0.0)
 
 
 class Trajectory(NamedTuple):
