@@ -126,6 +126,24 @@ def test_no_false_alarm_over_seeds():
         assert report.ok, f"seed {seed}: {report}"
 
 
+def test_gpus_are_not_seeded(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    parity.check(nn.Linear(2, 3), nnx.Linear(2, 3, rngs=nnx.Rngs(0)), points(), steps=0, dtypes=["float64"])
+    assert not seeds
+
+
+def test_random_state_is_left_alone_where_the_loss_draws_numbers():
+    def random(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (outputs * torch.rand(())).sum()
+
+    losses = random, lambda outputs, targets: outputs.sum()
+    original, port = nn.Linear(4, 3), nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    before = torch.get_rng_state()
+    parity.check(original, port, np.ones((5, 4)), losses=losses, steps=1, dtypes=["float64"])
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_nothing_of_the_callers_changes():
     module, port, batch, losses = make("net")
     optimizer = torch.optim.Adam(module.parameters())
@@ -232,6 +250,156 @@ def test_float32_inside_a_function_is_named():
     assert "float32" in first.diagnosis
 
 
+class TorchPositions(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + torch.sin(torch.arange(3).float() / 7)
+
+
+class TorchCast(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).float()
+
+
+class FlaxPositions(nnx.Linear):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x) + jnp.sin(jnp.arange(3) / 7)
+
+
+class FlaxCast(nnx.Linear):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x).astype(jnp.float32)
+
+
+@pytest.mark.parametrize(("original", "port"), [(TorchPositions, FlaxPositions), (TorchCast, FlaxCast)])
+def test_float32_inside_the_original_is_named(original, port):
+    torch.manual_seed(0)
+    module = original(4, 3)
+    right = load_torch(port(4, 3, rngs=nnx.Rngs(0)), module.state_dict())
+    report = parity.check(module, right, torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert report.first_divergence.kind == "precision", str(report)
+    assert "PyTorch itself computes in float32" in report.first_divergence.diagnosis
+    assert "see float." in report.first_divergence.diagnosis
+    assert any("leaves float64 in float:" in note for note in report.notes)
+
+
+def test_square_inputs_have_the_layout_of_their_values(parity):
+    class Port(nnx.Module):
+        def __init__(self) -> None:
+            self.conv = nnx.Conv(8, 3, (3,), padding=1, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.conv(x).mean(1)
+
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(8, 3, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x).mean(2)
+
+    torch.manual_seed(0)
+    original, batch = Original(), torch.randn(5, 8, 8)
+    port = load_torch(Port(), original.state_dict())
+    parity.check(original, port, batch, batch.numpy().transpose(0, 2, 1), steps=0, dtypes=["float64"])
+
+
+def linear() -> tuple[nn.Module, nnx.Module]:
+    torch.manual_seed(0)
+    original = nn.Linear(4, 3)
+    return original, load_torch(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), original.state_dict())
+
+
+def test_loss_may_be_a_module_with_weights(parity):
+    weight = torch.tensor([0.5, 1.0, 2.0])
+    losses = nn.CrossEntropyLoss(weight=weight), jaxloss.CrossEntropyLoss(weight=weight.numpy())
+    parity.check(*linear(), torch.randn(5, 4), losses=losses, steps=1)
+    assert losses[0].weight.dtype is torch.float32
+
+
+@pytest.mark.parametrize("factor", [1.0, 1 + 1e-9], ids=["right", "wrong"])
+def test_gradient_of_the_loss_may_be_the_same_everywhere(factor):
+    losses = lambda outputs, targets: outputs.mean(), lambda outputs, targets: outputs.mean() * factor
+    report = parity.check(*linear(), torch.randn(5, 4), losses=losses, steps=1)
+    assert report.ok is (factor == 1), str(report)
+    assert ("loss", "gradient") in {(finding.place, finding.quantity) for finding in report.findings}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets"), [(jnp.bfloat16, np.int64), (jnp.float32, np.int32), (jnp.float32, np.uint8)]
+)
+def test_batch_may_be_of_jaxs_dtypes(inputs, targets, parity):
+    batch = jax.random.normal(jax.random.key(0), (5, 4), inputs), np.arange(5, dtype=targets) % 3
+    parity.check(*linear(), batch, steps=1, dtypes=["float64"])
+
+
+def test_original_may_keep_extra_state(parity):
+    class Original(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            pass
+
+    parity.check(Original(4, 3), linear()[1], torch.randn(5, 4), steps=1, dtypes=["float64"])
+
+
+def test_port_may_compute_its_dtype(parity):
+    class Port(nnx.Module):
+        def __init__(self) -> None:
+            self.fc = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+        @property
+        def dtype(self) -> Any:
+            return jnp.dtype(jnp.float32)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.fc(x)
+
+    parity.check(nn.Linear(4, 3), Port(), torch.randn(5, 4), steps=1, dtypes=["float64"])
+
+
+def test_embedding_may_have_sparse_gradients(parity):
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Linear(4, 3))
+    rngs = nnx.Rngs(0)
+    port = nnx.Sequential(nnx.Embed(7, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs))
+    load_torch(port, original.state_dict())
+    sgd = torch.optim.SGD(original.parameters(), lr=0.1), optax.sgd(0.1)
+    for optimizers in (None, sgd):
+        report = parity.check(
+            original, port, torch.tensor([0, 6, 3, 3]), optimizers=optimizers, steps=2, dtypes=["float64"]
+        )
+        assert ("0", "gradient of weight") in {(finding.place, finding.quantity) for finding in report.findings}
+
+
+def test_layers_may_be_called_with_keywords(parity):
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(input=torch.relu(self.a(input=x)))
+
+    class Port(nnx.Module):
+        def __init__(self, factor: float) -> None:
+            self.a, self.b = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+            self.factor = factor
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.b(inputs=nnx.relu(self.a(inputs=self.factor * x)) / self.factor)
+
+    torch.manual_seed(0)
+    original = Original()
+    right, wrong = (load_torch(Port(factor), original.state_dict()) for factor in (1.0, 2.0))
+    report = parity.check(original, right, torch.randn(5, 4), steps=1, dtypes=["float64"])
+    assert {"a", "between a and b", "b"} <= report.places().keys()
+    report = jaxloss.parity.check(original, wrong, torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert report.first_divergence.quantity == "input of a"
+    assert "search" not in report.first_divergence.fix
+
+
 def test_report_is_printed_and_written(tmp_path):
     report = run(CASES["flat"], steps=0)
     written = report.to_json(tmp_path / "report.json")
@@ -304,14 +472,15 @@ def test_jit_inside_a_port_with_dropout_passes(parity):
     parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), train=True, steps=1, dtypes=["float64"])
 
 
-def test_recurrent_layer_may_start_from_a_constant_state(parity):
+@pytest.mark.parametrize("of_batch_dtype", [False, True], ids=["default dtype", "dtype of the batch"])
+def test_recurrent_layer_may_start_from_a_constant_state(of_batch_dtype, parity):
     class Original(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.cell, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            h = torch.zeros(len(x), 4, dtype=x.dtype)
+            h = torch.zeros(len(x), 4, dtype=x.dtype if of_batch_dtype else None)
             for i in range(3):
                 h = torch.tanh(self.cell(h) + x[:, i])
             return self.head(h)
@@ -327,8 +496,9 @@ def test_recurrent_layer_may_start_from_a_constant_state(parity):
             return self.head(h)
 
     torch.manual_seed(0)
-    report = parity.check(Original(), Port(nnx.Rngs(0)), torch.randn(5, 3, 4), steps=1, dtypes=["float64"])
+    report = parity.check(Original(), Port(nnx.Rngs(0)), torch.randn(5, 3, 4), steps=1)
     assert "cell (call 3)" in report.places()
+    assert torch.get_default_dtype() is torch.float32
 
 
 @pytest.mark.parametrize("transform", ["checkpoint", "cond", "scan"])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
-from flax import linen
+from flax import linen, nnx
 from torch import nn
 
 from jaxloss import parity
@@ -83,3 +83,38 @@ def test_function_with_params_is_compared_as_a_whole():
     assert not report.ok
     with pytest.raises(TypeError, match="the port is a function, expected"):
         parity.check(original, forward, torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_integers_among_parameters_are_not_trained(kind):
+    def forward(params: Any, x: jax.Array) -> jax.Array:
+        x = x @ params["fc"]["w"] + params["fc"]["b"]
+        return x.reshape(len(x), params["classes"])[:, params["order"]]
+
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+            self.register_buffer("order", torch.tensor([1, 0, 2]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x)[:, self.order]
+
+    class Port(nnx.Module):
+        def __init__(self) -> None:
+            self.fc = parity.load_torch(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), original.fc.state_dict())
+            self.order = nnx.Param(state["order"])
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.fc(x)[:, self.order[...]]
+
+    torch.manual_seed(0)
+    original = Original()
+    state = {name: jnp.array(tensor.numpy()) for name, tensor in original.state_dict().items()}
+    params = {"fc": {"w": state["fc.weight"].T, "b": state["fc.bias"]}, "classes": 3, "order": state["order"]}
+    port = (forward, params) if kind == "function" else Port()
+    report = parity.check(original, port, torch.randn(5, 4), steps=2, dtypes=["float64"])
+    assert report.ok, str(report)
+    params["order"] = params["order"][::-1]
+    report = parity.check(original, (forward, params), torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert report.first_divergence.quantity == "order"

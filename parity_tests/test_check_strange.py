@@ -56,6 +56,13 @@ def test_constant_batch_says_nothing():
     assert "nothing can be told" in report.first_divergence.problem
 
 
+def test_constant_batch_that_arrives_is_no_fault_of_the_layout():
+    report = check_small(torch.ones(5, 4))
+    assert "nothing can be told" in report.first_divergence.problem
+    assert not report.first_divergence.kind
+    assert not report.first_divergence.diagnosis
+
+
 def test_module_without_parameters():
     class Port(nnx.Module):
         def __call__(self, x: jax.Array) -> jax.Array:
@@ -114,6 +121,36 @@ def test_dropout_that_the_original_has_not_is_found():
     report = parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), train=True, **options)
     assert report.first_divergence.place == "between fc and the output"
     assert "drops 1 times in a run, PyTorch 0 times" in report.first_divergence.diagnosis
+
+
+def test_dropout_that_is_missing_elsewhere_is_no_reason():
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.b(nn.functional.gelu(self.a(x)))
+            return self.c(nn.functional.dropout(x, 0.5, self.training))
+
+    class Port(nnx.Module):
+        def __init__(self, *, exact: bool) -> None:
+            rngs = nnx.Rngs(0)
+            self.a, self.b, self.c = (nnx.Linear(4, size, rngs=rngs) for size in (4, 4, 3))
+            self.exact = exact
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.c(self.b(nnx.gelu(self.a(x), approximate=not self.exact)))
+
+    torch.manual_seed(0)
+    original = Original()
+    for exact, place, says in (
+        (False, "between a and b", "gelu with approximate=True"),
+        (True, "between b and c", "drops 0 times in a run, PyTorch 1 times"),
+    ):
+        report = parity.check(original, Port(exact=exact), torch.randn(5, 4), train=True, steps=0, dtypes=["float64"])
+        assert report.first_divergence.place == place
+        assert says in report.first_divergence.diagnosis
 
 
 def test_random_numbers_that_the_port_cannot_be_given_are_named():
@@ -219,6 +256,106 @@ def test_buffers_that_the_port_does_not_need_are_ignored_by_name():
     module.register_buffer("mask", torch.ones(3, 3))
     assert "no counterpart in the port" in parity.check(module, port, torch.randn(5, 4)).first_divergence.problem
     assert parity.check(module, port, torch.randn(5, 4), ignore=["mask"], steps=1, dtypes=["float64"]).ok
+
+
+class TorchShift(nn.Module):
+    def __init__(self, *, persistent: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.register_buffer("shift", torch.tensor([0.5, 1.0, 2.0]), persistent=persistent)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + self.shift
+
+
+class Shift(nnx.Module):
+    def __init__(self) -> None:
+        self.fc, self.shift = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Variable(jnp.array([0.5, 1.0, 2.0]))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc(x) + self.shift[...]
+
+
+def test_counterpart_of_a_non_persistent_buffer_is_ignored_by_name():
+    torch.manual_seed(0)
+    original, port, options = TorchShift(persistent=False), Shift(), {"steps": 1, "dtypes": ["float64"]}
+    report = parity.check(original, port, torch.randn(5, 4), **options)
+    assert "pass ignore=['shift']" in report.first_divergence.problem
+    report = parity.check(original, port, torch.randn(5, 4), ignore=["shift"], **options)
+    assert report.ok, str(report)
+    port.shift.set_value(port.shift[...] + 1)
+    report = parity.check(original, port, torch.randn(5, 4), ignore=["shift"], **options)
+    assert report.first_divergence.place == "between fc and the output"
+    with pytest.raises(ValueError, match=r"has no fc\.kernel"):
+        parity.check(original, port, torch.randn(5, 4), ignore=["fc.kernel"], **options)
+
+
+def test_buffer_of_the_whole_module_has_its_reason_too():
+    class Original(TorchShift):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.shift.mul_(2)
+            return super().forward(x)
+
+    class Port(Shift):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.fc(x) + 2 * self.shift[...]
+
+    torch.manual_seed(0)
+    original = Original(persistent=True)
+    port = parity.load_torch(Port(), original.state_dict())
+    report = parity.check(original, port, torch.randn(5, 4), train=True, steps=0, dtypes=["float64"])
+    assert (report.first_divergence.place, report.first_divergence.quantity) == ("Original", "shift after a step")
+    assert report.first_divergence.diagnosis == "The port does not update its running statistics."
+
+
+class TorchRotation(nn.Module):
+    def __init__(self, *, persistent: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 6)
+        self.register_buffer("turn", torch.polar(torch.ones(3), torch.tensor([0.3, 0.7, 1.1])), persistent=persistent)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        turned = torch.view_as_complex(self.fc(x).reshape(len(x), 3, 2)) * self.turn
+        return torch.view_as_real(turned).reshape(len(x), 6)
+
+
+class Rotation(nnx.Module):
+    def __init__(self, turn: np.ndarray) -> None:
+        self.fc, self.turn = nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Variable(jnp.asarray(turn))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.fc(x).reshape(len(x), 3, 2)
+        turned = jax.lax.complex(x[..., 0], x[..., 1]) * self.turn[...]
+        return jnp.stack([turned.real, turned.imag], -1).reshape(len(x), 6)
+
+
+@pytest.mark.parametrize("persistent", [False, True], ids=["not persistent", "persistent"])
+def test_complex_buffers_keep_their_imaginary_part(persistent, tmp_path):
+    torch.manual_seed(0)
+    original, batch, path = TorchRotation(persistent=persistent), torch.randn(5, 4), tmp_path / "golden.safetensors"
+    ignore, dtypes = [] if persistent else ["turn"], ["float64"] if persistent else ["float64", "float32"]
+    turn = original.turn.numpy()
+    parity.record(path, original, batch, loss=None, steps=1, dtypes=["float64"])
+    for factor, right in ((turn, True), (turn.real.astype(turn.dtype), False), (turn.conj(), False)):
+        port = Rotation(factor)
+        load_torch(port.fc, original.fc.state_dict())
+        report = parity.check(original, port, batch, losses=None, steps=1, dtypes=dtypes, ignore=ignore)
+        assert report.ok is right, str(report)
+        assert parity.replay(path, port, ignore=ignore).ok is right
+
+
+def test_complex_outputs_are_refused():
+    class Original(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 1j
+
+    with pytest.raises(TypeError, match="returned complex numbers"):
+        parity.check(Original(4, 3), small()[1], torch.randn(5, 4))
+
+
+def test_complex_parameters_are_refused():
+    with pytest.raises(TypeError, match=r"weight, bias is complex in PyTorch: train the real and imaginary parts"):
+        parity.check(nn.Linear(4, 3, dtype=torch.complex64), small()[1], torch.randn(5, 4))
 
 
 def test_pairs_can_be_given():

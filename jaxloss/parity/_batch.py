@@ -43,8 +43,11 @@ class Batch:
         """How Flax's inputs become PyTorch's."""
         from jaxloss.parity._pairs import activation_layout
 
-        pairs = zip(self._torch_inputs, self.flax_inputs, strict=True)
-        return [activation_layout(a.shape, b.shape, channels_first=a.ndim == 4) or same(b.shape) for a, b in pairs]
+        def layout(theirs: np.ndarray, ours: np.ndarray) -> Layout:
+            moved = theirs.ndim > 2 and np.array_equal(np.moveaxis(theirs, 1, -1), ours, equal_nan=True)
+            return activation_layout(theirs.shape, ours.shape, channels_first=moved) or same(ours.shape)
+
+        return list(map(layout, self._torch_inputs, self.flax_inputs))
 
     def flax_objective(self, outputs: jax.Array) -> jax.Array:
         """The scalar, in JAX."""

@@ -16,8 +16,8 @@ HALF_UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "flo
 # PyTorch's error. Half precision where there should be none has thousands of times.
 LAYER_RATIO, LAYER_UNITS = 4.0, 4.0
 SMALL = 1000  # elements, below which arrays are judged together
-NO_ELEMENTS = "no elements: nothing was compared"
-NO_FINITE = "no finite element: nothing was compared"
+UNKNOWN = "nothing was compared", "nothing can be told from it"  # how a problem ends that is no difference
+NO_ELEMENTS, NO_FINITE = (f"no {what}: {UNKNOWN[0]}" for what in ("elements", "finite element"))
 # A gradient that is less than this beside the largest may be what cancellation leaves of larger terms: relative to its
 # own norm, their rounding would hide that of all others.
 SMALL_GRADIENT = 0.01
@@ -72,7 +72,7 @@ def structural_problem(ours: np.ndarray, theirs: np.ndarray, *, may_be_constant:
     if not np.isfinite(y).any():
         return NO_FINITE
     if not may_be_constant and y.size > 1 and np.ptp(y[np.isfinite(y)]) == 0:
-        return f"PyTorch's is {y.flat[0]:g} everywhere: nothing can be told from it"
+        return f"PyTorch's is {y.flat[0]:g} everywhere: {UNKNOWN[1]}"
     return ""
 
 
@@ -81,7 +81,9 @@ def _both_integers(x: np.ndarray, y: np.ndarray) -> bool:
 
 
 def widen(array: np.ndarray) -> np.ndarray:
-    """The same values in float64, or as they are if they are no floats."""
+    """The same values in float64 or complex128, or as they are if they are no floats."""
+    if np.iscomplexobj(array):
+        return array.astype(np.complex128)
     return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else np.asarray(array)
 
 

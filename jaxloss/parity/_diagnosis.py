@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxloss.parity._compare import UNKNOWN
 from jaxloss.parity._faults import FLOAT32_INSIDE, classify, matches
 from jaxloss.parity._findings import Explanation, Failure, Finding
 from jaxloss.parity._layout import channels_last
@@ -17,12 +18,13 @@ Ask = Callable[[Subject, Sequence[Failure]], Iterator[Explanation]]  # everythin
 
 
 def diagnose(subject: Subject, failures: Sequence[Failure], steps: Trajectory | None, ask: Ask) -> None:
-    """Classes every failure, and explains the first, in its finding."""
+    """Classes every failure where something differs, and explains the first, in its finding."""
+    failures = [failure for failure in failures if not failure.finding.problem.endswith(UNKNOWN)]
     for failure in failures:
         fault = classify(failure.ours, failure.theirs, linear_image=_is_sketch(subject, failure))
         failure.finding.kind, failure.finding.diagnosis = fault.kind, fault.seen
-    if failures and not matches(failures[0].ours, failures[0].theirs):
-        first = failures[0]
+    first = failures[0] if failures else None
+    if first and (first.finding.diagnosis == FLOAT32_INSIDE or not matches(first.ours, first.theirs)):
         try:
             explanation = next(_explanations(subject, failures, steps, ask), None)
         except Exception as error:  # a stranger's module in a state it was not made for; the verdict stands
@@ -58,6 +60,9 @@ def _explanations(
         yield from ask(subject, failures)
         yield from _of_step(subject, failures, steps)
         return
+    if finding.diagnosis == FLOAT32_INSIDE and failure.theirs.dtype == np.float32:
+        yield _float32_inside(subject)
+        return
     if finding.quantity in WEIGHT_KINDS:
         yield from _of_weight(subject, failure)
     elif finding.place == "loss":
@@ -72,8 +77,7 @@ def _explanations(
     elif finding.quantity == "output":
         yield from ask(subject, failures)
     if finding.diagnosis == FLOAT32_INSIDE:
-        fix = "look for casts, and for functions that cast, like jax.nn.dot_product_attention"
-        yield Explanation("something computes in float32 even when it is given float64", fix, "precision")
+        yield _float32_inside(subject)
     if "gradient" in finding.quantity and not np.any(failure.ours):
         yield Explanation("no gradient flows back", "remove stop_gradient, or the cast to integers, from the port")
     elif "gradient" in finding.quantity:
@@ -83,12 +87,21 @@ def _explanations(
         )
 
 
+def _float32_inside(subject: Subject) -> Explanation:
+    meaning = "something computes in float32 even when it is given float64"
+    fix = "look for casts, and for functions that cast, like jax.nn.dot_product_attention"
+    if rounded := ", ".join(subject.exact.recording.rounded):
+        meaning = f"PyTorch itself computes in float32 even when it is given float64: see {rounded}"
+        fix = f"have PyTorch keep the dtype there, with x.to(y.dtype) for x.float(); if they still differ, {fix}"
+    return Explanation(meaning, fix, "precision")
+
+
 WEIGHT_KINDS = ("weight", "bias", "running_mean", "running_var")
 
 
 def _weight_name(subject: Subject, finding: Finding) -> str:
     """The port's name of the weight or statistic that a finding is about."""
-    names = {subject.title(pair): pair.ours[0] for pair in subject.pairs}
+    names = {subject.name: ""} | {subject.title(pair): pair.ours[0] for pair in subject.pairs}
     return f"{names.get(finding.place, finding.place)}.{finding.quantity.split()[0]}".removeprefix(".")
 
 
@@ -124,6 +137,7 @@ class Edge(NamedTuple):
     pair: CallPair | None  # the layer after it, if it is not the last
     call: LayerCall | None  # of that layer
     windows: range  # in which its functions are called
+    our_windows: range  # of the port
 
 
 def edge_of(subject: Subject, failure: Failure) -> Edge:
@@ -133,8 +147,11 @@ def edge_of(subject: Subject, failure: Failure) -> Edge:
     keys = [call.key for call in calls]
     positions = [-1, *(keys.index(pair.theirs) for pair in subject.pairs), len(keys)]
     windows = range(positions[edge] + 1, positions[edge + 1] + 1)
-    last = edge == len(subject.pairs)
-    return Edge(None if last else subject.pairs[edge], None if last else calls[positions[edge + 1]], windows)
+    ours = [-1, *(subject.our_calls.index(pair.ours) for pair in subject.pairs), len(subject.our_calls)]
+    our_windows = range(ours[edge] + 1, ours[edge + 1] + 1)
+    if edge == len(subject.pairs):
+        return Edge(None, None, windows, our_windows)
+    return Edge(subject.pairs[edge], calls[positions[edge + 1]], windows, our_windows)
 
 
 def _of_edge(subject: Subject, failures: Sequence[Failure], ask: Ask) -> Iterator[Explanation]:
@@ -142,7 +159,7 @@ def _of_edge(subject: Subject, failures: Sequence[Failure], ask: Ask) -> Iterato
     failure, edge = failures[0], edge_of(subject, failures[0])
     if edge.pair is not None and edge.call is not None:
         yield from _other_order(subject, edge.pair, edge.call, failure)
-    yield from _other_dropout(subject, edge.windows)
+    yield from _other_dropout(subject, edge)
     yield from ask(subject, failures)
     if subject.source.inputs[0].ndim == 4 and failure.finding.place == subject.places[0]:
         yield from _other_input(failure)
@@ -162,17 +179,18 @@ def _other_order(subject: Subject, pair: CallPair, call: LayerCall, failure: Fai
             yield Explanation(f"the port flattens {arrives}, the kernel's rows are in the order {expected}", fix)
 
 
-def _other_dropout(subject: Subject, windows: range) -> Iterator[Explanation]:
-    counts = len(subject.drops), len(subject.exact.recording.drops)
-    if counts[0] != counts[1]:
+def _other_dropout(subject: Subject, edge: Edge) -> Iterator[Explanation]:
+    our_drops, their_drops = subject.drops, subject.exact.recording.drops
+    here = sum(drop.window in edge.our_windows for drop in our_drops)
+    if here != sum(drop.window in edge.windows for drop in their_drops):
         fix = "drop as often: in eval mode, or at rate 0, a port does not"
-        yield Explanation(f"the port drops {counts[0]} times in a run, PyTorch {counts[1]} times", fix)
-    for drop, ours in zip(subject.exact.recording.drops, subject.drops, strict=False):
-        if drop.window in windows and ours.rate != drop.rate:
+        yield Explanation(f"the port drops {len(our_drops)} times in a run, PyTorch {len(their_drops)} times", fix)
+    for drop, ours in zip(their_drops, our_drops, strict=False):
+        if drop.window in edge.windows and ours.rate != drop.rate:
             yield Explanation(
                 f"the port drops at rate {ours.rate:g}, PyTorch at {drop.rate:g}", f"pass rate={drop.rate:g}"
             )
-        if drop.window in windows and drop.whole_channels != bool(ours.broadcast):
+        if drop.window in edge.windows and drop.whole_channels != bool(ours.broadcast):
             words = ("elements", "whole channels")[:: 1 if drop.whole_channels else -1]
             fix = f"pass broadcast_dims={(1, 2) if drop.whole_channels else ()} to nnx.Dropout"
             yield Explanation(f"the port drops {words[0]}, PyTorch {words[1]}", fix)

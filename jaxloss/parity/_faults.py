@@ -9,6 +9,7 @@ import numpy as np
 from jaxloss.parity._compare import widen
 
 FLOAT32_INSIDE = "the error is of float32's size"
+FLOAT32_ERROR = 4 * float(np.finfo(np.float32).eps)
 MATCH = 1e-9  # relative L2 at which a guess is taken to be right
 
 
@@ -26,6 +27,8 @@ def classify(ours: np.ndarray, theirs: np.ndarray, *, linear_image: bool = False
     x, y = widen(ours), widen(theirs)
     if x.dtype != np.float64 or not y.any():
         return Fault("semantic")
+    if theirs.dtype == np.float32 and np.linalg.norm(x - y) < FLOAT32_ERROR * np.linalg.norm(y):
+        return Fault("precision", FLOAT32_INSIDE)
     if linear_image:
         return _scale(x, y) or Fault("semantic")
     for fault in (_layout(x, y), _scale(x, y), _precision(x, y), _localised(x, y), _small(x, y)):
@@ -78,7 +81,7 @@ def _precision(x: np.ndarray, y: np.ndarray) -> Fault | None:
 
 
 def _small(x: np.ndarray, y: np.ndarray) -> Fault | None:
-    if MATCH < np.linalg.norm(x - y) / np.linalg.norm(y) < 4 * float(np.finfo(np.float32).eps):
+    if MATCH < np.linalg.norm(x - y) / np.linalg.norm(y) < FLOAT32_ERROR:
         return Fault("precision", FLOAT32_INSIDE)
     return None
 

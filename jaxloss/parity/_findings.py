@@ -113,6 +113,8 @@ class Findings:
 
         Where zero is a possible result, what is zero but for rounding is only held to be that, and says nothing.
         """
+        if np.iscomplexobj(theirs):
+            ours, theirs, layout = _parts(ours), _parts(theirs), None
         ours = np.asarray(ours)
         may_be_constant |= may_be_zero and not theirs.any()
 
@@ -145,3 +147,8 @@ class Findings:
     def fail(self, place: str, quantity: str, problem: str) -> None:
         """Notes what cannot be compared."""
         self.all.append(Finding(place, quantity, "", np.inf, 0.0, problem=problem))
+
+
+def _parts(array: Any) -> np.ndarray:
+    """Real and imaginary parts, along a new last axis."""
+    return np.stack([np.real(array), np.imag(array)], -1)

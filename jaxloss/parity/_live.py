@@ -1,5 +1,6 @@
 """An original that can be run, with its batch, its loss and its optimizer."""
 
+import copy
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from jaxloss.parity._batch import parts
 from jaxloss.parity._compare import relative
 from jaxloss.parity._original import Original
 from jaxloss.parity._recording import ModuleFacts, Noise, Recording, Sketches, Source, State, Trajectory, sketch
-from jaxloss.parity._state_dict import to_array, to_numpy
+from jaxloss.parity._state_dict import to_array, to_numpy, to_tensor
 
 TorchLoss = Callable[..., Tensor]
 DTYPES = {"float64", "float32", "bfloat16", "float16"}
@@ -41,7 +42,12 @@ class Live:
         """Runs nothing yet."""
         if isinstance(dtypes, str) or not set(dtypes) <= DTYPES:
             raise ValueError(f"parity: dtypes must be a sequence of {', '.join(sorted(DTYPES))}, got {dtypes!r}.")
-        given = [t.detach() if isinstance(t, Tensor) else torch.tensor(np.array(t)) for t in parts(batch)]
+        if complex_ := [name for name, t in module.named_parameters() if t.is_complex() and t.requires_grad]:
+            raise TypeError(
+                f"parity: {', '.join(complex_)} is complex in PyTorch: train the real and imaginary parts, with "
+                "torch.view_as_complex."
+            )
+        given = [t.detach() if isinstance(t, Tensor) else to_tensor(np.array(t)) for t in parts(batch)]
         self.targets = given.pop() if loss is not None and len(given) > 1 else None
         self.module, self.inputs, self.train, self.seed = module, given, train, seed
         self._loss, self._optimizer, self._steps = loss, optimizer, steps
@@ -52,7 +58,7 @@ class Live:
     def source(self) -> Source:
         """What a comparison asks of it."""
         parameters = self.module.parameters()
-        tensors = self.module.state_dict().values()
+        tensors = [t for t in self.module.state_dict().values() if isinstance(t, Tensor)]
         return Source(
             name=type(self.module).__name__,
             modules={name: _facts(module) for name, module in self.module.named_modules()},
@@ -97,8 +103,13 @@ class Live:
             shape = tuple(outputs.shape[:1] + outputs.shape[2:]) if outputs.ndim > 1 else ()
             classes = outputs.shape[min(outputs.ndim - 1, 1)]
             self.targets = torch.tensor(np.random.default_rng(self.seed).integers(classes, size=shape))
-        floating = self.targets.is_floating_point()
-        return self._loss(outputs, self.targets.to(outputs.dtype) if floating else self.targets)
+        targets = self.targets
+        if targets.is_floating_point():
+            targets = targets.to(outputs.dtype)
+        elif targets.dtype.is_signed:
+            targets = targets.long()  # JAX's integers are int32, of which PyTorch takes no classes
+        loss = self._loss
+        return (copy.deepcopy(loss).to(outputs.dtype) if isinstance(loss, nn.Module) else loss)(outputs, targets)
 
     def trainee(self, dtype: str = "float64") -> tuple[Original, torch.optim.Optimizer]:
         """A fresh copy of the original with its optimizer; with Adam if there is none."""
@@ -107,7 +118,11 @@ class Live:
 
     def backward(self, original: Original, step: int) -> list[np.ndarray]:
         """Puts the gradients of a training step into the original, and returns what dropout kept."""
-        return original.backward(self.inputs, self.objective, self.seed + step)
+        masks = original.backward(self.inputs, self.objective, self.seed + step)
+        if self._optimizer is None:  # Adam takes no sparse gradients
+            for parameter in original.module.parameters():
+                parameter.grad = None if parameter.grad is None else parameter.grad.to_dense()
+        return masks
 
     def _take_steps(self, dtype: str, *, nudge: bool) -> tuple[list[Sketches], list[list[np.ndarray]]]:
         """Sketches and masks of every step, before each of which weights are nudged as rounding does."""
@@ -150,7 +165,7 @@ class Live:
 
 def _state(module: nn.Module) -> State:
     first = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    tensors = module.state_dict()
+    tensors = {name: t for name, t in module.state_dict().items() if isinstance(t, Tensor)}
     own = {name: tensor for name, tensor in tensors.items() if name in first}
     starts = {tensor.data_ptr(): name for name, tensor in own.items()}
     tied = {name: starts.get(tensor.data_ptr(), "") for name, tensor in tensors.items() if name not in first}

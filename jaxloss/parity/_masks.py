@@ -19,6 +19,7 @@ class Drop(NamedTuple):
 class PortDrop(NamedTuple):
     """A call of dropout in the port."""
 
+    window: int  # how many layers were called before
     rate: float
     broadcast: Shape  # axes
     shape: Shape  # of what is dropped

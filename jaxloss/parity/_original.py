@@ -28,15 +28,20 @@ class Original:
     ) -> None:
         """Copies the module, and with it an optimizer of its parameters, whose state starts fresh."""
         copied, self.optimizer = copy.deepcopy((module, optimizer))
-        self.module = copied.to(dtype).train(train)
+        self.dtype = dtype
+        self.module = copied._apply(self._convert).train(train)  # nn.Module.to would make complex tensors real
         if self.optimizer is not None:
             self.optimizer = _fresh(self.optimizer)
-        self.dtype = dtype
         self.layers = {name: layer for name, layer in self.module.named_modules() if _is_layer(layer)}
 
     def cast(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Copies, the floating ones in the module's dtype."""
-        return [(t.to(self.dtype) if t.is_floating_point() else t).detach().clone() for t in tensors]
+        """Copies, the floating and complex ones in the module's precision."""
+        return [self._convert(t).detach().clone() for t in tensors]
+
+    def _convert(self, tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to(torch.complex128 if self.dtype is torch.float64 else torch.complex64)
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def run(self, inputs: Sequence[Tensor], objective: Callable[[Tensor], Tensor], seed: int) -> Recording:
         """Runs forward and backward. Dropout keeps what the seed says, whatever the dtype."""
@@ -46,10 +51,11 @@ class Original:
         calls, outputs = self.forward(given, functions)
         if not outputs.requires_grad:  # all is frozen and the inputs are integers: the loss alone has a gradient
             outputs = outputs.detach().requires_grad_()
-        loss = objective(outputs)
         named = dict(self.module.named_parameters())
         wanted = [*(t for t in leaves if t.requires_grad), *(t for t in named.values() if t.requires_grad)]
-        gradients = torch.autograd.grad(loss, [outputs, *wanted], allow_unused=True, materialize_grads=True)
+        with isolated(self.dtype):
+            loss = objective(outputs)
+            gradients = torch.autograd.grad(loss, [outputs, *wanted], allow_unused=True, materialize_grads=True)
         rest = iter(gradients[1:])
         return Recording(
             calls=calls,
@@ -58,10 +64,11 @@ class Original:
             output_gradient=to_numpy(gradients[0]),
             input_gradients=[to_numpy(next(rest)) if t.requires_grad else None for t in leaves],
             parameter_gradients={name: to_numpy(next(rest)) for name, t in named.items() if t.requires_grad},
-            buffers={name: to_numpy(buffer) for name, buffer in self.module.named_buffers()},
+            buffers={name: to_numpy(buffer) for name, buffer in self.module.named_buffers() if not buffer.is_complex()},
             masks=functions.masks,
             drops=functions.drops,
             random=list(functions.random),
+            rounded=list(functions.rounded) if self.dtype is torch.float64 else [],
             flattened=functions.flattened,
             mutated=[i for i, (a, b) in enumerate(zip(before, given, strict=True)) if not _same(a, to_numpy(b))],
         )
@@ -69,19 +76,22 @@ class Original:
     def forward(self, inputs: Sequence[Tensor], functions: "Functions") -> tuple[list[LayerCall], Tensor]:
         """Runs the module, and records its layers."""
         calls: list[LayerCall] = []
-        with _own_random_state(), self._recorded(calls, functions), functions:
+        with isolated(self.dtype), self._recorded(calls, functions), functions:
             outputs = self.module(*inputs)
         if not isinstance(outputs, Tensor):
             raise TypeError(f"parity: the PyTorch module returned a {type(outputs).__name__}, expected one tensor.")
+        if outputs.is_complex():
+            raise TypeError("parity: the PyTorch module returned complex numbers: have both return real ones.")
         return calls, outputs
 
     def backward(self, inputs: Sequence[Tensor], objective: Callable[[Tensor], Tensor], seed: int) -> list[np.ndarray]:
         """Puts gradients into the parameters, and returns what dropout kept."""
         self.module.zero_grad()
         functions = Functions(seed)
-        with _own_random_state(), functions:
-            outputs = self.module(*self.cast(inputs))
-        objective(outputs).backward()
+        with isolated(self.dtype):
+            with functions:
+                outputs = self.module(*self.cast(inputs))
+            objective(outputs).backward()
         return functions.masks
 
     @contextmanager
@@ -90,10 +100,10 @@ class Original:
         counts: dict[str, int] = {}
         names = {id(layer): name for name, layer in self.layers.items()}
 
-        def before(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             name = names[id(layer)]
             index = counts[name] = counts.get(name, -1) + 1
-            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
             arrays = list(map(to_numpy, tensors))
             call = LayerCall(name, index, arrays, np.empty(0), [None] * len(tensors))
             functions.enter(call.key, tensors)
@@ -104,11 +114,13 @@ class Original:
                 if alias.requires_grad:
                     alias.register_hook(lambda g, i=i: call.input_gradients.__setitem__(i, to_numpy(g)))
             rest = iter(aliases)
-            return tuple(next(rest) if isinstance(arg, Tensor) else arg for arg in args)
+            given = [next(rest) if isinstance(arg, Tensor) else arg for arg in (*args, *kwargs.values())]
+            return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
 
         def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             call = next(call for call in reversed(calls) if call.name == names[id(layer)])
-            cut_out = isinstance(output, Tensor)
+            real = isinstance(output, Tensor) and not output.is_complex()
+            cut_out = real and not any(map(np.iscomplexobj, call.inputs))
             functions.leave(cut_out=cut_out)
             if not cut_out:
                 calls.remove(call)  # not something to be cut out: its arithmetic belongs to the edges
@@ -117,7 +129,7 @@ class Original:
             if output.requires_grad:
                 output.register_hook(lambda g: setattr(call, "output_gradient", to_numpy(g)))
 
-        handles = [layer.register_forward_pre_hook(before) for layer in self.layers.values()]
+        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in self.layers.values()]
         handles += [layer.register_forward_hook(after) for layer in self.layers.values()]
         try:
             yield
@@ -127,10 +139,16 @@ class Original:
 
 
 @contextmanager
-def _own_random_state() -> Iterator[None]:
+def isolated(dtype: torch.dtype) -> Iterator[None]:
+    """A random state of its own, and tensors that are made without a dtype in this one."""
+    before = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs too
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def _fresh(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -173,6 +191,7 @@ class Functions(TorchFunctionMode):
         self.drops: list[Drop] = []
         self.alternatives: list[int] = []
         self.random: dict[str, None] = {}
+        self.rounded: dict[str, None] = {}  # functions that return fewer digits than float64's, given none such
         self._seed, self._windows, self._change, self._inside = seed, windows, change, inside
         self._window, self._in_layer = 0, False
         self._feature_map: tuple[int, ...] | None = None
@@ -199,8 +218,11 @@ class Functions(TorchFunctionMode):
             return chosen.result()
         before = torch.get_rng_state()
         result = func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
         if not torch.equal(before, torch.get_rng_state()):
-            self.random[getattr(func, "__name__", str(func))] = None
+            self.random[name] = None
+        if _rounded(result) and not any(map(_rounded, (*args, *kwargs.values()))):
+            self.rounded[name] = None
         if isinstance(result, Tensor) and args and isinstance(args[0], Tensor):
             source = args[0].shape
             if len(source) > 2 and len(result.shape) == 2 and source[0] == result.shape[0]:
@@ -233,6 +255,10 @@ class Functions(TorchFunctionMode):
         if (chosen := self._watch(dropped, (result, x, p), {})) is not None:
             result = chosen.result()
         return x.copy_(result) if inplace else result
+
+
+def _rounded(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64
 
 
 _WHOLE_CHANNELS: dict[Callable[..., Tensor], bool] = {

@@ -55,7 +55,8 @@ class Port:
         copied = nnx.clone(module)
         copied.train() if train else copied.eval()
         for node in _modules(copied):
-            if getattr(node, "dtype", None) is not None and jnp.dtype(node.dtype) in told:
+            computed = isinstance(getattr(type(node), "dtype", None), property)
+            if not computed and getattr(node, "dtype", None) is not None and jnp.dtype(node.dtype) in told:
                 node.dtype = dtype
             node.__class__ = _hooked(type(node))
         self.dtype, self._copied, self._preferred = dtype, copied, preferred
@@ -74,16 +75,19 @@ class Port:
 
     @property
     def parameters(self) -> list[str]:
-        """Names of what is trained; all other weights are statistics."""
-        return [name for name, weight in self.weights.items() if isinstance(weight.variable, nnx.Param)]
+        """Names of what is trained, which integers never are; all other weights are statistics."""
+        params = [name for name, weight in self.weights.items() if isinstance(weight.variable, nnx.Param)]
+        return [name for name in params if jnp.issubdtype(self.weights[name].variable.dtype, jnp.inexact)]
 
     def values(self) -> Arrays:
         """The module's own weights, the floating ones in the port's dtype."""
         return {name: self.cast(weight.variable.get_value()) for name, weight in self.weights.items()}
 
     def cast(self, array: Any) -> jax.Array:
-        """A copy, in the port's dtype if it is floating."""
+        """A copy, in the port's dtype if it is floating, and in its precision if it is complex."""
         array = np.array(array)
+        if np.iscomplexobj(array):
+            return jnp.array(array, jnp.promote_types(self.dtype, jnp.complex64))
         return jnp.array(array, self.dtype if jnp.issubdtype(array.dtype, jnp.floating) else None)
 
     def run(self, values: Mapping[str, Any], inputs: Sequence[Any], tape: Callable[[], "Tape"]) -> Run:
@@ -133,7 +137,7 @@ class Tape:
     ) -> Any:
         """Called instead of a module of this name."""
         if isinstance(module, _DROPOUTS):
-            x, *given = args
+            x, *given = args or (kwargs["inputs"],)
             off = kwargs.get("deterministic", given[0] if given else None)
             if not (module.deterministic if off is None else off) and module.rate:
                 self._left_whole()
@@ -141,12 +145,14 @@ class Tape:
         if name is None or name not in self._layers or self._left_whole():
             return function(*args, **kwargs)
         index = self._counts[name] = self._counts.get(name, -1) + 1
-        arrays = [arg for arg in args if isinstance(arg, jax.Array | np.ndarray)]
+        arguments = *args, *kwargs.values()
+        arrays = [arg for arg in arguments if isinstance(arg, jax.Array | np.ndarray)]
         self.arrived[name, index] = arrays
 
         def compute(*arrays: Any) -> Any:
             rest = iter(arrays)
-            return function(*(next(rest) if isinstance(arg, jax.Array | np.ndarray) else arg for arg in args), **kwargs)
+            given = [next(rest) if isinstance(arg, jax.Array | np.ndarray) else arg for arg in arguments]
+            return function(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
 
         return self.layer((name, index), compute, arrays)
 
@@ -162,7 +168,8 @@ class Tape:
         return inside
 
     def _drop(self, module: Any, x: jax.Array) -> jax.Array:
-        self.drops.append(PortDrop(module.rate, tuple(module.broadcast_dims), x.shape))
+        window = sum(isinstance(output, jax.Array) for output in self.outputs.values())
+        self.drops.append(PortDrop(window, module.rate, tuple(module.broadcast_dims), x.shape))
         if len(self.drops) > len(self._masks):  # the original does not drop here, and the difference must show
             mask = jax.random.bernoulli(jax.random.key(len(self.drops)), 1 - module.rate, x.shape)
         else:

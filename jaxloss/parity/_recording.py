@@ -45,13 +45,14 @@ class Recording:
     output_gradient: np.ndarray
     input_gradients: list[np.ndarray | None]
     parameter_gradients: dict[str, np.ndarray]
-    buffers: dict[str, np.ndarray]  # after the run
+    buffers: dict[str, np.ndarray]  # after the run; real ones
     masks: list[np.ndarray]  # what dropout kept, call by call
     drops: list[Drop]
     random: list[str]  # functions that draw random numbers, other than dropout
     flattened: dict[Call, tuple[int, ...]]  # (channels, *spatial) of the feature map that a layer's input was
     mutated: list[int]  # inputs that the module changed in place
     targets: np.ndarray | None = None  # of the loss, if there is one
+    rounded: list[str] = field(default_factory=list)  # functions that return less than float64, if that is run
 
     @property
     def gradient_floor(self) -> float:

@@ -12,7 +12,7 @@ from jaxloss.parity._faults import matches
 from jaxloss.parity._findings import Explanation, Failure
 from jaxloss.parity._layout import Layout, permuted
 from jaxloss.parity._live import Live
-from jaxloss.parity._original import Functions
+from jaxloss.parity._original import Functions, isolated
 from jaxloss.parity._state_dict import to_numpy
 from jaxloss.parity._step_diagnosis import explain_step
 from jaxloss.parity._subject import Subject
@@ -40,7 +40,7 @@ def _of_layer(live: Live, subject: Subject, failure: Failure) -> Iterator[Explan
 
     def run(functions: Functions) -> np.ndarray:
         inputs = [torch.from_numpy(array) for array in call.inputs]
-        with torch.no_grad(), functions:
+        with torch.no_grad(), isolated(torch.float64), functions:
             return to_numpy(layer(*inputs))
 
     yield from _changed(run, pair.output, failure.ours, partial(Functions, 0, inside=True))
@@ -49,7 +49,7 @@ def _of_layer(live: Live, subject: Subject, failure: Failure) -> Iterator[Explan
 
 def _of_edge(live: Live, subject: Subject, failure: Failure) -> Iterator[Explanation]:
     """A changed call between two layers that gives what arrives after it in the port."""
-    pair, call, windows = edge_of(subject, failure)
+    pair, call, windows, _ = edge_of(subject, failure)
     theirs = subject.exact.recording.outputs if call is None else call.inputs[0]
     layout = subject.batch.layout if pair is None else pair.inputs[0]
     assert layout is not None
@@ -98,7 +98,7 @@ def _of_loss(live: Live, subject: Subject, failure: Failure) -> Iterator[Explana
 
     def run(functions: Functions) -> np.ndarray:
         outputs = torch.from_numpy(subject.exact.recording.outputs).requires_grad_()
-        with functions:
+        with isolated(torch.float64), functions:
             loss = live.objective(outputs)
         gradient = torch.autograd.grad(loss, outputs)[0]
         return to_numpy(gradient if failure.finding.quantity == "gradient" else loss)

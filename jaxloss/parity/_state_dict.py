@@ -89,11 +89,20 @@ def to_numpy(tensor: Any) -> np.ndarray:
     return np.array(array)
 
 
+def to_tensor(array: np.ndarray) -> Any:
+    """The tensor of an array; PyTorch does not know NumPy's bfloat16, so the bits are handed over."""
+    import torch
+
+    if array.dtype == jnp.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.tensor(array)
+
+
 def to_array(value: Any) -> np.ndarray | None:
     """A view of an array of any of the three libraries, None for anything else."""
     torch = sys.modules.get("torch")  # no tensor can exist without it
     if torch is not None and isinstance(value, torch.Tensor):
-        tensor = value.detach().cpu()
+        tensor = value.detach().cpu().to_dense()
         # PyTorch does not know NumPy's bfloat16, so the bits are handed over.
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
     if isinstance(value, np.ndarray | np.generic | jax.Array):

@@ -117,8 +117,11 @@ class Subject:
 
     def lacks_counterpart(self, name: str) -> str:
         """What is wrong with a weight that only the port has."""
-        first = self.exact.state.tied.get(name)
-        return f"is trained by itself: PyTorch ties it to {first}" if first else "has no counterpart in PyTorch"
+        if first := self.exact.state.tied.get(name):
+            return f"is trained by itself: PyTorch ties it to {first}"
+        if name in self.exact.port.parameters:
+            return "has no counterpart in PyTorch"
+        return f"is not in PyTorch's state_dict: if it stands for a non-persistent buffer, pass ignore=[{name!r}]"
 
     def aliased(self) -> Iterator[str]:
         """The port's weights that lie in memory of the original's."""
@@ -164,10 +167,12 @@ class Subject:
     def _pair(self, view: View, names: Names | None, ignore: Collection[str]) -> None:
         recording, port = view.recording, view.port
         shapes, result, self.drops = abstract_run(port, self.batch)
-        unwanted = ignored(ignore, [*view.state, *view.state.tied])
+        self.our_calls = list(shapes)
+        untrained = port.weights.keys() - set(port.parameters)
+        unwanted = ignored(ignore, [*view.state, *view.state.tied, *untrained])
         state = {name: shape for name, shape in view.state.shapes.items() if name not in unwanted}
         names = {mine: view.state.tied.get(theirs, theirs) for mine, theirs in (names or {}).items()}
-        ours = {name: weight.layout.merged for name, weight in port.weights.items()}
+        ours = {name: weight.layout.merged for name, weight in port.weights.items() if name not in unwanted & untrained}
         check_names(names, ours, state)
         order = [name for name, _ in shapes], [call.name for call in recording.calls]
         self.weight_pairs = pair_weights(ours, state, *order, given=names)

@@ -26,6 +26,7 @@ class _Leaf:
     def __init__(self, array: Any) -> None:
         self._array = array
         self.shape = np.shape(array)
+        self.dtype = np.asarray(array).dtype
 
     def get_value(self) -> Any:
         """The array."""
@@ -33,13 +34,15 @@ class _Leaf:
 
 
 class FunctionPort(Port):
-    """A function of parameters and inputs. Nothing is known of its layers."""
+    """A function of parameters and inputs. Nothing is known of its layers. Integers and strings of Python stay."""
 
     def __init__(self, function: Callable[..., Any], params: Any, dtype: jax.typing.DTypeLike) -> None:
         """Copies nothing: arrays are immutable."""
         self.dtype, self.flatten, self.layers = dtype, {}, []
         self._function = function
-        flat, self._structure = jax.tree_util.tree_flatten_with_path(params)
+        self._params = params
+        arrays = jax.tree.map(lambda leaf: None if isinstance(leaf, int | str) else leaf, params)
+        flat, self._structure = jax.tree_util.tree_flatten_with_path(arrays)
         self._leaves = [(tuple(_plain(key) for key in path), _Leaf(leaf)) for path, leaf in flat]
         self._modules: dict[str, Any] = {}
         self.set_flatten({})
@@ -61,14 +64,19 @@ class FunctionPort(Port):
 
     @property
     def parameters(self) -> list[str]:
-        """Names of every leaf."""
-        return list(self.weights)
+        """Names of every leaf but integers."""
+        return [name for name, weight in self.weights.items() if jnp.issubdtype(weight.variable.dtype, jnp.inexact)]
 
     def _run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: Tape) -> Run:
-        return Run(self._function(self._tree(values), *inputs), {}, hook)
+        trained = set(self.parameters)
+        statistics = {name: value for name, value in values.items() if name not in trained}
+        return Run(self._function(self._tree(values), *inputs), statistics, hook)
 
     def _tree(self, values: Mapping[str, Any]) -> Any:
-        return self._structure.unflatten([values[name] for name in self.weights])
+        arrays = self._structure.unflatten([values[name] for name in self.weights])
+        return jax.tree.map(
+            lambda x, given: given if x is None else x, arrays, self._params, is_leaf=lambda x: x is None
+        )
 
 
 class LinenPort(FunctionPort):
@@ -98,8 +106,8 @@ class LinenPort(FunctionPort):
     @property
     def parameters(self) -> list[str]:
         """Names of what is trained; all other weights are statistics."""
-        pairs = zip(self.weights, self._collections, strict=True)
-        return [name for name, collection in pairs if collection == "params"]
+        collections = dict(zip(self.weights, self._collections, strict=True))
+        return [name for name in super().parameters if collections[name] == "params"]
 
     def _run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: Tape) -> Run:
         def intercept(function: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -112,10 +120,11 @@ class LinenPort(FunctionPort):
             outputs, changed = self._apply(self._tree(values), inputs)
         flat = {tuple(_plain(k) for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(changed)[0]}
         named = zip(self.weights, self._collections, self._leaves, strict=True)
+        trained = set(self.parameters)
         after = {
             name: flat.get((collection, *path), values[name])
             for name, collection, (path, _) in named
-            if collection != "params"
+            if name not in trained
         }
         return Run(outputs, after, hook)
 
@@ -130,9 +139,8 @@ class LinenPort(FunctionPort):
             found.setdefault(".".join(context.module.path), context.module)
             return function(*args, **kwargs)
 
-        tree = self._structure.unflatten([leaf.get_value() for _, leaf in self._leaves])
         with linen.intercept_methods(intercept):
-            jax.eval_shape(self._apply, tree, list(inputs))
+            jax.eval_shape(self._apply, self._params, list(inputs))
         return found
 
 

@@ -64,7 +64,8 @@ def check(
             the port's layer. Found by themselves where PyTorch flattens directly before the layer.
         names: PyTorch's names of weights by the port's, where they would be paired otherwise: `report.weight_map` shows
             how.
-        ignore: names of weights or buffers that the port does not need, like a causal mask; or patterns, `"*.mask"`.
+        ignore: names of weights or buffers that the port does not need, like a causal mask; of the port's variables
+            that are no nnx.Param and in no state_dict, like those of non-persistent buffers; or patterns, `"*.mask"`.
         losses: PyTorch's and JAX's, each called with outputs and targets. With None, outputs are multiplied by random
             numbers and summed.
         optimizers: one of PyTorch's over `torch_module.parameters()`, and its optax counterpart. By default
