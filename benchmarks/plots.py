@@ -102,13 +102,14 @@ def ratios(group: str, rows: Rows) -> Figure:
 
 
 def growing(some: list[Curve]) -> Figure:
-    """One measure of every implementation over one size, both logarithmic, with the slopes."""
+    """One measure of every implementation over one size, both logarithmic unless all are 0, with the slopes."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     for curve in some:
         axes.plot(*zip(*curve.points, strict=True), "o-", label=f"{curve.name}: slope {curve.slope:.2f}")
     first, unit = some[0], MEASURES[some[0].measure][0]
-    axes.set(title=first.fixed, xlabel=first.along, ylabel=f"{first.measure}, {unit}", xscale="log", yscale="log")
+    scale = "log" if any(value > 0 for curve in some for _, value in curve.points) else "linear"
+    axes.set(title=first.fixed, xlabel=first.along, ylabel=f"{first.measure}, {unit}", xscale="log", yscale=scale)
     sizes = sorted({size for curve in some for size, _ in curve.points})
     axes.set_xticks(sizes, map(str, sizes))
     axes.xaxis.set_minor_locator(NullLocator())

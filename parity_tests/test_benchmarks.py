@@ -162,6 +162,11 @@ def test_slope_is_the_power_of_growth():
     assert square.fixed == "64 tokens x 8 features"
 
 
+def test_memory_that_no_process_took_more_of_is_drawn(tmp_path):
+    rows = [{"shape": (64, 8, classes), "along": "classes", "resident": {"ours": 0}} for classes in (100, 200)]
+    assert [path.name for path in plots.draw(rows, tmp_path, "memory")] == ["memory-resident-over-classes.svg"]
+
+
 def test_bytes_of_collectives_are_those_of_their_results():
     class Compiled:
         def as_text(self) -> str:
