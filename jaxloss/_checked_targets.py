@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
-from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array, Integer
 
 from jaxloss._checks import Size
+from jaxloss._primitives import Primitive
 
 
 class _CheckedTargets(Primitive):

@@ -13,12 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from jaxloss._primitives import make_primitive
+from jaxloss._primitives import Primitive, make_primitive
 
 
 def cast(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:

@@ -3,6 +3,8 @@
 The numbers are what XLA makes of them today on CPU: lower ones are welcome, higher ones cost time or memory.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -207,3 +209,10 @@ def test_a_static_option_would_be_seen_to_compile_anew(compilations):
         compilations.clear()
         loss(TARGETS, label_smoothing=value)
         assert compilations
+
+
+def test_the_import_brings_no_large_part_of_jax():
+    code = "import jax, sys; before = {*sys.modules}; import jaxloss; print(*{*sys.modules} - before)"
+    brought = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "jaxloss" in brought
+    assert not [name for name in brought if "pallas" in name or name.startswith(("torch", "flax", "optax"))]
