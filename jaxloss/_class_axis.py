@@ -153,16 +153,15 @@ class ClassAxis(NamedTuple):
         return index == self.expand(self.local(targets, x.shape[self.position]))
 
     def scatters(self, x: Array) -> bool:
-        """Whether to write one element to a row rather than to select among all.
+        """Whether to write one element to a row rather than to select among all: on CPU only.
 
-        On CPU the select slows the loop it is in by a quarter, and one element to a row costs as much as 64 selects.
-        A scatter into an explicit mesh is ambiguous, one into a half type widens the whole array first, and any needs
-        the array in memory.
+        There the select slows the loop it is in by a quarter, and one element to a row costs as much as 64 selects.
+        A scatter needs the array in memory, and one into a half type widens it first; elsewhere it is one more pass.
         """
         stored = x.dtype.itemsize > 2 and not self.lean
         classes = x.shape[self.position]
         many = isinstance(classes, int) and classes >= 64
-        return stored and many and self.mesh_axis is None and not on_explicit_mesh(x)
+        return stored and many and self.is_whole_on_cpu(x)
 
     def without_target(self, x: Float[Array, "..."], targets: Integer[Array, "..."]) -> Float[Array, "..."]:
         """`x` with 0 at each row's target; where the target is out of range, at any class or none."""

@@ -71,8 +71,8 @@ def linear_cross_entropy(
         logit_softcap: c > 0 replaces each logit z by c · tanh(z / c); may be a traced scalar. None leaves them.
         class_axis_name: inside `jax.shard_map`, the mesh axis (or axes) that splits the classes; see `cross_entropy`.
         memory_budget: bytes that a slab's logits, exponentials and gradient may take (`logit_softcap` and probability
-            targets take more); a slab holds at least one token. None: on CPU 128 MiB or what 128 tokens take, if that
-            is more; 1 GiB on other backends.
+            targets take more); a slab holds at least one token. None: 128 MiB or what 128 tokens take, if that is more;
+            off the CPU 1 GiB or what 2,048 tokens take.
         dtype: of the result; None keeps the dtype of `inputs` (for probabilities, of `inputs` and `targets` promoted).
 
     Returns:

@@ -184,17 +184,14 @@ def scan(settings: Settings, step: Step, start: Any, arrays: Arrays) -> tuple[An
 
 
 def _tokens_within(budget: int | None, arrays: Arrays) -> int:
-    """Tokens whose (tokens, classes) buffers fit in the budget; at least one.
+    """Tokens whose logits and their gradient fit in the budget; at least one.
 
-    By default on CPU 128 MiB, but at least 128 tokens, since each slab reads and writes the weight's whole gradient;
-    1 GiB elsewhere, where products are to be large.
+    By default 128 MiB on CPU and 1 GiB elsewhere, but at least 128 and 2,048 tokens: each slab reads and writes the
+    weight's whole gradient, which has to take less time than its three products.
     """
-    buffers = 2 if on_cpu() else 3  # of logits, exponentials and gradient: what XLA holds at once
-    itemsize = accumulator_dtype(arrays.inputs).itemsize
-    bytes_per_token = max(1, buffers * itemsize * math.prod(arrays.linear_weight.shape[:-1]))
-    if budget is None and on_cpu():
-        return max(128, 128 * 2**20 // bytes_per_token)
-    return max(1, (budget or 2**30) // bytes_per_token)
+    bytes_per_token = 2 * accumulator_dtype(arrays.inputs).itemsize * math.prod(arrays.linear_weight.shape[:-1])
+    budget, least = (budget, 1) if budget is not None else (2**27, 128) if on_cpu() else (2**30, 2048)
+    return max(least, budget // max(1, bytes_per_token))
 
 
 def slab_shape(tokens: int, most: int) -> tuple[int, int]:

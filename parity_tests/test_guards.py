@@ -133,6 +133,23 @@ def test_the_same_where_the_classes_are_not_last(name, value, both):
         assert exceeded(costs(transform(lambda z, t: worse(jnp.moveaxis(z, 1, -1), t)), *arguments), allowed)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["cross_entropy", "three options", "nll_loss"])
+def test_off_the_cpu_nothing_is_scattered_into_the_logits(name, dtype, monkeypatch, request):
+    request.addfinalizer(jax.clear_caches)
+    arguments = jax.ShapeDtypeStruct((128, 1000), dtype), jax.ShapeDtypeStruct((128,), jnp.int32)
+
+    def scatters(loss: Callable[..., jax.Array]) -> bool:
+        jax.clear_caches()
+        return "stablehlo.scatter" in jax.jit(with_gradient(loss)).lower(*arguments).as_text()
+
+    ours = LOSSES[name][0]
+    assert scatters(ours) == (name != "nll_loss")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not scatters(ours)
+    assert scatters(lambda logits, labels: -jnp.mean(jnp.take_along_axis(logits, labels[:, None], 1)))
+
+
 def test_nll_loss_keeps_nothing_of_the_size_of_the_log_probabilities():
     log_probs, targets = jnp.ones((64, 512)), jnp.zeros(64, jnp.int32)
     few = SMALL * log_probs.nbytes

@@ -301,7 +301,8 @@ def test_features_may_be_symbolic_on_one_device():
 
 @pytest.mark.usefixtures("no_traces_kept")
 @pytest.mark.parametrize(
-    ("backend", "classes", "expected"), [("cpu", 50_000, 256), ("cpu", 10**6, 128), ("gpu", 50_000, 1024)]
+    ("backend", "classes", "expected"),
+    [("cpu", 50_000, 256), ("cpu", 10**6, 128), ("gpu", 50_000, 2048), ("gpu", 10**6, 2048)],
 )
 def test_default_slabs_are_large_enough_for_the_products(monkeypatch, backend, classes, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
