@@ -462,6 +462,19 @@ def test_weights_near_the_originals_are_not_taken_for_fresh_ones(change):
     assert report.first_divergence.quantity == "weight"
 
 
+@pytest.mark.parametrize("scale", [1e-170, 1e160])
+def test_fault_of_weights_whose_squares_underflow_or_overflow_has_its_reason(scale):
+    torch.manual_seed(0)
+    original, batch = nn.Linear(4, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    original.weight.data *= scale
+    with jax.enable_x64(True):
+        port = parity.load_torch(nnx.Linear(4, 4, param_dtype=jnp.float64, rngs=nnx.Rngs(0)), original.state_dict())
+        port.kernel.set_value(port.kernel[...].T)
+    report = parity.check(original, port, batch, losses=None, steps=0, dtypes=["float64"])
+    assert (report.first_divergence.quantity, report.first_divergence.kind) == ("weight", "layout")
+    assert report.first_divergence.diagnosis == "The kernel's inputs and outputs are swapped."
+
+
 def test_norms_at_their_initial_values_pass(parity):
     original = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
     port = nnx.Sequential(

@@ -23,6 +23,7 @@ from benchmarks.timing import ratio
 from benchmarks.train import OURS as TRAIN
 from benchmarks.train import SHARES, TUTORIAL
 from jaxloss import parity
+from jaxloss.parity._faults import classify
 from parity_tests.gates import (
     assert_errors_within_ratio,
     assert_float64_close,
@@ -153,6 +154,41 @@ def test_numbers_whose_squares_underflow_or_overflow_are_compared(scale):
             parity.assert_close(wrong, theirs)
     assert relative_l2(2 * theirs, theirs) == pytest.approx(1)
     assert relative_l2(np.array([np.inf]), np.ones(1)) == np.inf
+
+
+CLASSES = {
+    "layout": GOOD[::-1],
+    "scale": -3 * GOOD,
+    "precision": GOOD * (1 + 1e-7 * np.random.default_rng(1).normal(size=GOOD.shape)),
+    "localised": perturbed((3, 4), 2e5),
+    "semantic": np.random.default_rng(2).normal(size=GOOD.shape),
+}
+
+
+@pytest.mark.parametrize("scale", [1e-310, 1e-170, 1e160, 1e300])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_class_of_a_difference_is_told_where_squares_underflow_or_overflow(kind, scale):
+    fault = classify(scale * CLASSES[kind], scale * GOOD)
+    assert fault == classify(CLASSES[kind], GOOD)
+    assert fault.kind == kind
+    with pytest.raises(AssertionError, match=f"\n  {kind}"):
+        parity.assert_close(scale * CLASSES[kind], scale * GOOD)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "kind"),
+    [
+        (1e200 * GOOD, GOOD, "scale"),
+        (1e-200 * GOOD, GOOD, "scale"),
+        (1e200 * GOOD, 1e-200 * GOOD, "semantic"),  # no float64 is the factor
+        (1e308 * np.sign(GOOD), 2e307 * np.sign(GOOD), "semantic"),  # nor the norm
+        (perturbed((1, 2), 1e200), GOOD, "localised"),
+        (perturbed((1, 2), np.nan), GOOD, "semantic"),
+        (perturbed((1, 2), np.inf), perturbed((1, 2), np.inf), "semantic"),
+    ],
+)
+def test_class_of_a_difference_between_sizes_or_beside_what_is_not_finite(ours, theirs, kind):
+    assert classify(ours, theirs).kind == kind
 
 
 def test_complex_arrays_are_compared_as_two_parts():

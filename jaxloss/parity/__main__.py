@@ -180,8 +180,9 @@ class Diff:
 
     def run(self, console: Console) -> int:
         """Prints a line for every array."""
-        from jaxloss.parity._assert_close import fault_of, parts
+        from jaxloss.parity._assert_close import parts
         from jaxloss.parity._compare import compare
+        from jaxloss.parity._faults import classify
 
         ours, theirs = (
             {key: part for name, array in _read_arrays(path).items() for key, part in parts(name, array).items()}
@@ -196,7 +197,7 @@ class Diff:
                 differ = True
                 continue
             outcome = compare(ours[name], theirs[name], tolerance=self.tolerance, may_be_constant=True)
-            fault = fault_of(ours[name], theirs[name]) if not outcome.ok else None
+            fault = classify(ours[name], theirs[name]) if not outcome.ok else None
             why = f" [{fault.kind}] {fault.seen}".rstrip() if fault else ""
             what = outcome.problem or f"{outcome.error:.2g} of its norm"
             console.print(f"{'FAIL' if fault else '  ok'} {name}: {what}{why}", markup=False, soft_wrap=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxloss.parity._compare import HALF_UNIT, NO_ELEMENTS, NO_FINITE, SMALL, compare, structural_problem, widen
-from jaxloss.parity._faults import Fault, classify
+from jaxloss.parity._faults import classify
 from jaxloss.parity._state_dict import to_array
 
 RATIO = 1.2
@@ -155,14 +155,8 @@ def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.nan_to_num(np.abs(x.astype(np.float64) - y.astype(np.float64)), nan=-1.0)
 
 
-def fault_of(ours: np.ndarray, theirs: np.ndarray) -> Fault:
-    """The class of a difference; nothing is told of numbers whose squares overflow or underflow."""
-    known = 0 < np.vdot(widen(theirs), widen(theirs)) < np.inf
-    return classify(ours, theirs) if known else Fault("semantic")
-
-
 def _message(key: str, problem: str, ours: np.ndarray, theirs: np.ndarray) -> str:
-    fault = fault_of(ours, theirs)
+    fault = classify(ours, theirs)
     lines = [f"{key or 'It'} {problem}."]
     lines.append(f"{fault.kind}: {fault.seen}" if fault.seen else fault.kind)
     return "\n  ".join([*lines, *_worst(ours, theirs)])

@@ -11,7 +11,7 @@ import optax
 
 from jaxloss.parity._background import Errors
 from jaxloss.parity._batch import FlaxLoss
-from jaxloss.parity._compare import SMALL, SMALL_GRADIENT, Rounding, relative
+from jaxloss.parity._compare import SMALL, SMALL_GRADIENT, Rounding, norm, relative
 from jaxloss.parity._detail import Detail
 from jaxloss.parity._diagnosis import Ask, diagnose
 from jaxloss.parity._environment import environment
@@ -319,7 +319,7 @@ def _compare_rounding(findings: Findings, subject: Subject, rough: View, dtype: 
     theirs, true = subject.output_to_flax(rough.recording.outputs), subject.output_to_flax(exact.recording.outputs)
     findings.noise[f"output ({dtype})"] = relative(free.result, true), relative(theirs, true)
     for ours, name in subject.parameter_pairs():
-        if np.linalg.norm(exact.recording.parameter_gradients[name]) <= 100 * exact.recording.gradient_floor:
+        if norm(exact.recording.parameter_gradients[name]) <= 100 * exact.recording.gradient_floor:
             continue
         layout, true = exact.port.weights[ours].layout, exact.recording.parameter_gradients[name]
         theirs = rough.recording.parameter_gradients[name]

@@ -50,7 +50,7 @@ def compare(
     finite = np.isfinite(y)
     if not finite.all():
         x, y = x[finite], y[finite]
-    scale, distance = _norm(y), _norm(x - y)
+    scale, distance = norm(y), norm(x - y)
     if not scale:
         return Outcome(distance, floor)
     return Outcome(distance / scale, tolerance + floor / scale)
@@ -126,30 +126,30 @@ def relative(ours: Any, theirs: np.ndarray, least: float = 0.0) -> float:
     """‖ours - theirs‖ / max(‖theirs‖, least) over what is finite in theirs; absolute if both are 0."""
     x, y = widen(np.asarray(ours)), widen(theirs)
     finite = np.isfinite(y)
-    return _norm((x - y)[finite]) / (max(_norm(y[finite]), least) or 1.0)
+    return norm((x - y)[finite]) / (max(norm(y[finite]), least) or 1.0)
 
 
-def _norm(array: np.ndarray) -> float:
+def norm(array: np.ndarray | np.number) -> float:
     """The L2 norm, also where squares would overflow or underflow."""
     largest = float(np.abs(array).max(initial=0.0))
-    return largest * float(np.linalg.norm(array / largest)) if 0 < largest < math.inf else largest
+    return largest * float(np.linalg.norm(array / np.float64(largest))) if 0 < largest < math.inf else largest
 
 
 def mutants(array: np.ndarray, bound: float) -> dict[str, np.ndarray]:
     """Wrong versions of an array, further off than the bound allows, each of which a comparison must refuse."""
     flat = array.ravel()
     finite = np.isfinite(flat)
-    norm = float(np.linalg.norm(flat[finite].astype(np.float64)))
+    length = norm(flat[finite].astype(np.float64))
     element = flat.copy()
     where = int(np.argmax(np.where(finite, np.abs(flat.astype(np.float64)), -1)))
     wrong = {}
     rolled = np.roll(flat, 1)
     both = finite & np.isfinite(rolled)
-    moved = np.linalg.norm(rolled[both].astype(np.float64) - flat[both].astype(np.float64))
-    if moved > 4 * bound * norm or (finite != np.isfinite(rolled)).any():  # some arrays are the same in any order
+    moved = norm(rolled[both].astype(np.float64) - flat[both].astype(np.float64))
+    if moved > 4 * bound * length or (finite != np.isfinite(rolled)).any():  # some arrays are the same in any order
         wrong["order"] = rolled.reshape(array.shape)
     if jnp.issubdtype(array.dtype, jnp.floating):
-        element[where] += 4 * bound * norm or 1
+        element[where] += 4 * bound * length or 1
         wrong |= {"sign": -array, "scale": array * (1 + 4 * bound)}
     else:
         element[where] = not element[where] if array.dtype == bool else element[where] + 1

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxloss.parity._background import Background
-from jaxloss.parity._compare import Outcome, Rounding, compare, mutants
+from jaxloss.parity._compare import Outcome, Rounding, compare, mutants, norm
 from jaxloss.parity._detail import Detail
 from jaxloss.parity._layout import Layout
 
@@ -122,7 +122,7 @@ class Findings:
             return compare(array, expected, tolerance=tolerance, floor=floor, may_be_constant=may_be_constant)
 
         result = outcome(ours, theirs)
-        negligible = bool(np.linalg.norm(theirs) <= 100 * floor) if may_be_zero else False
+        negligible = may_be_zero and norm(theirs) <= 100 * floor
         dtype = str(ours.dtype)
         finding = Finding(place, quantity, dtype, result.error, result.bound, result.problem, negligible)
         finding.detail = Detail.of(ours, theirs, layout) if layout else None

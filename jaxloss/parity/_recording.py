@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxloss.parity._compare import widen
+from jaxloss.parity._compare import norm, widen
 from jaxloss.parity._layout import Shape
 from jaxloss.parity._masks import Drop
 from jaxloss.parity._pairs import Call
@@ -79,11 +79,11 @@ class Recording:
     def moving(self) -> set[str]:
         """The parameters that training moves: Adam makes steps of full length from gradients of rounding alone."""
         floor = self.gradient_floor
-        return {name for name, array in self.parameter_gradients.items() if np.linalg.norm(array) > 100 * floor}
+        return {name for name, array in self.parameter_gradients.items() if norm(array) > 100 * floor}
 
 
 def _largest(gradients: Iterable[np.ndarray]) -> float:
-    return max((float(np.linalg.norm(gradient)) for gradient in gradients), default=0.0)
+    return max((norm(gradient) for gradient in gradients), default=0.0)
 
 
 class Trajectory(NamedTuple):

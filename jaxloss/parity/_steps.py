@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from jaxloss.parity._background import StepDistance
-from jaxloss.parity._compare import relative
+from jaxloss.parity._compare import norm, relative
 from jaxloss.parity._detail import Detail
 from jaxloss.parity._findings import Failure, Findings
 from jaxloss.parity._layout import Layout
@@ -58,7 +58,7 @@ def compare_steps(findings: Findings, subject: Subject, optimizer: optax.Gradien
         for quantity, sketches in expected.sketches[step].items():
             counterparts = _counterpart(quantity, found, subject.source.optimizer)
             arrays = {theirs: array for theirs, array in sketches.items() if theirs in moving}
-            floor = 1e-14 * max((float(np.linalg.norm(array)) for array in arrays.values()), default=0.0)
+            floor = 1e-14 * max((norm(array) for array in arrays.values()), default=0.0)
             for theirs, array in arrays.items():
                 name, layout = moving[theirs], view.port.weights[moving[theirs]].layout
                 if name in counterparts:
@@ -117,9 +117,9 @@ def _distance(ours: Mapping[str, np.ndarray], exact: Mapping[str, np.ndarray], n
 
 def _together(distances: Mapping[str, float], exact: Mapping[str, np.ndarray], names: Iterable[str]) -> float:
     """The relative distance of all arrays together from that of each."""
-    norms = np.array([float(np.linalg.norm(exact[name])) for name in names])
+    norms = np.array([norm(exact[name]) for name in names])
     each = np.array([distances[name] for name in names]) * np.where(norms, norms, 1.0)
-    return float(np.linalg.norm(each) / (np.linalg.norm(norms) or 1.0))
+    return norm(each) / (norm(norms) or 1.0)
 
 
 def in_flax(array: np.ndarray, layout: Layout) -> np.ndarray:
