@@ -13,9 +13,10 @@ from flax import nnx
 from torch import nn
 
 from jaxloss import parity
-from jaxloss.parity import load_torch
+from jaxloss.parity import _golden, load_torch
 from jaxloss.parity._compare import Rounding
 from jaxloss.parity._findings import Finding
+from parity_tests.gates import assert_identical
 from parity_tests.without_torch import BatchNorm
 from parity_tests.zoo import CASES, randomise
 
@@ -342,6 +343,22 @@ def test_complex_buffers_keep_their_imaginary_part(persistent, tmp_path):
         report = parity.check(original, port, batch, losses=None, steps=1, dtypes=dtypes, ignore=ignore)
         assert report.ok is right, str(report)
         assert parity.replay(path, port, ignore=ignore).ok is right
+
+
+def test_complex_buffers_of_twice_the_precision_are_recorded_too(tmp_path, x64):
+    torch.manual_seed(0)
+    original, batch, path = TorchRotation(persistent=True), torch.randn(5, 4), tmp_path / "golden.safetensors"
+    original.turn = torch.exp(1j * torch.arange(3, dtype=torch.float64))
+    original.register_buffer("scalar", torch.tensor(1j, dtype=torch.complex128))
+    parity.record(path, original, batch, loss=None, steps=1, dtypes=["float64"])
+    state = _golden.read(path)[0].state
+    assert state.shapes["turn"] == (3,)
+    assert_identical({name: state.given(name) for name in state}, original.state_dict())
+    for turn, right in ((original.turn.numpy(), True), (original.turn.numpy().conj(), False)):
+        port = Rotation(turn)
+        load_torch(port.fc, original.fc.state_dict())
+        report = parity.replay(path, port, ignore=["scalar"])
+        assert report.ok is right, str(report)
 
 
 def test_complex_outputs_are_refused():

@@ -22,6 +22,7 @@ from jaxloss.parity._recording import LayerCall, ModuleFacts, Noise, Recording, 
 VERSION = 1
 _KEY = "jaxloss.parity"  # of the manifest in the metadata
 _ARRAY = "$array"  # marks the name of an array in the manifest
+_COMPLEX = "$complex128"  # and the array of the two parts of one that safetensors does not know
 _UNSIGNED = "0" * 64
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _PLAIN = ("name", "parameter_dtypes", "loss", "optimizer", "optimizer_given", "steps", "train", "seed")  # of a Source
@@ -90,6 +91,8 @@ class _Arrays:
 
     def pack(self, value: Any, name: str) -> Any:
         """A value as JSON has it, with references to the arrays in it."""
+        if isinstance(value, np.ndarray) and value.dtype == np.complex128:
+            return {_COMPLEX: self.pack(np.stack([value.real, value.imag], -1), name)}
         if isinstance(value, np.ndarray):
             return {_ARRAY: self._keep(value, name)}
         if isinstance(value, dict):
@@ -246,12 +249,15 @@ class _Reader:
     def source(self) -> Source:
         """The original."""
         found = self._manifest
-        arrays = {name: reference[_ARRAY] for name, reference in found["state"].items()}
-        shapes = {name: tuple(self._file.get_slice(array).get_shape()) for name, array in arrays.items()}
+        state = found["state"]
         return Source(
             **{name: found[name] for name in _PLAIN},
             modules={name: ModuleFacts(**facts) for name, facts in found["modules"].items()},
-            state=State(shapes, lambda name: self._file.get_tensor(arrays[name]), found["tied"]),
+            state=State(
+                {name: self._shape(reference) for name, reference in state.items()},
+                lambda name: self._unpack(state[name]),
+                found["tied"],
+            ),
             inputs=self._unpack(found["inputs"]),
             notes=list(found["notes"]),
             storages={},
@@ -283,11 +289,18 @@ class _Reader:
             ]
             return Trajectory(found["sketches"], masks, lambda: noise)
 
+    def _shape(self, reference: dict[str, Any]) -> tuple[int, ...]:
+        if _COMPLEX in reference:
+            return self._shape(reference[_COMPLEX])[:-1]
+        return tuple(self._file.get_slice(reference[_ARRAY]).get_shape())
+
     def _unpack(self, value: Any) -> Any:
         if isinstance(value, dict):
             name = value.get(_ARRAY)
             if isinstance(name, str):
                 return self._file.get_tensor(name)
+            if _COMPLEX in value:
+                return self._unpack(value[_COMPLEX]).view(np.complex128)[..., 0]
             return {key: self._unpack(each) for key, each in value.items()}
         return [self._unpack(each) for each in value] if isinstance(value, list) else value
 
