@@ -251,6 +251,24 @@ def test_file_is_written_whole_or_not_at_all(tmp_path):
         parity.record(nowhere, Broken(4, 3), torch.randn(5, 4))
 
 
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        (".", r"it is a folder, a device or a pipe\."),
+        ("pipe", r"it is a folder, a device or a pipe\."),
+        ("/proc/file", r"No such file or directory\."),
+        ("a" * 250, r"File name too long\."),
+    ],
+)
+def test_place_where_nothing_can_be_written_is_refused_before_anything_is_run(place, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    monkeypatch.setattr(Live, "recording", lambda *_: pytest.fail("it was run"))
+    with pytest.raises(OSError, match=f"^{place} cannot be written: {reason}$"):
+        parity.record(place, small()[0], torch.randn(5, 4))
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
 def test_file_is_written_through_a_link(tmp_path):
     (tmp_path / "link").symlink_to("file")
     for _ in range(2):

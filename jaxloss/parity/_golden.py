@@ -39,9 +39,14 @@ def write(
     target = Path(path).resolve()  # what a symbolic link leads to is replaced, not the link
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {target.parent}.")
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"{path} cannot be written: it is a folder, a device or a pipe.")
     part = target.with_name(f"{target.name}.{os.getpid()}.part")  # of this process: another may write the same file
     try:
         part.touch()  # where nothing can be written, nothing need be run
+    except OSError as error:
+        raise type(error)(f"{path} cannot be written: {error.strerror}.") from error
+    try:
         arrays = _Arrays()
         manifest = {
             "sha256": _UNSIGNED,
