@@ -287,8 +287,15 @@ def test_counterpart_of_a_non_persistent_buffer_is_ignored_by_name():
     port.shift.set_value(port.shift[...] + 1)
     report = parity.check(original, port, torch.randn(5, 4), ignore=["shift"], **options)
     assert report.first_divergence.place == "between fc and the output"
-    with pytest.raises(ValueError, match=r"has no fc\.kernel"):
-        parity.check(original, port, torch.randn(5, 4), ignore=["fc.kernel"], **options)
+
+
+def test_name_to_ignore_that_is_nowhere_is_refused_with_the_closest_ones():
+    where = r"PyTorch's state_dict, nor among the port's variables that are no nnx\.Param"
+    for name, closest in (("shfit", r"shift, fc\."), ("fc.kernel", r"fc\.weight, ")):
+        with pytest.raises(
+            ValueError, match=rf"^ignore: there is no {name} in {where}\. The closest names are {closest}"
+        ):
+            parity.check(TorchShift(persistent=False), Shift(), torch.randn(5, 4), ignore=[name])
 
 
 def test_buffer_of_the_whole_module_has_its_reason_too():

@@ -1,5 +1,6 @@
 """PyTorch state_dicts in all their forms, as NumPy arrays by name. Reading one never runs code from the file."""
 
+import difflib
 import fnmatch
 import itertools
 import os
@@ -47,15 +48,19 @@ def read_state_dict(
     return arrays
 
 
-def ignored(patterns: Collection[str], names: Collection[str]) -> set[str]:
+def ignored(patterns: Collection[str], names: Collection[str], where: str = "the state_dict") -> set[str]:
     """The names that fit a pattern, and those of `num_batches_tracked`, which Flax does not have.
 
     Raises:
-        ValueError: a pattern fits no name.
+        ValueError: a pattern fits no name; it says where there is none, and which are the closest.
     """
     found = {pattern: fnmatch.filter(names, pattern) for pattern in patterns}
     if unused := [pattern for pattern, fitting in found.items() if not fitting]:
-        raise ValueError(f"ignore: the state_dict has no {', '.join(unused)}.")
+        closest = itertools.chain(*(difflib.get_close_matches(pattern, names, cutoff=0) for pattern in unused))
+        raise ValueError(
+            f"ignore: there is no {', '.join(unused)} in {where}. The closest names are "
+            f"{', '.join(dict.fromkeys(closest))}."
+        )
     counters = (name for name in names if name.rpartition(".")[2] == "num_batches_tracked")
     return {*itertools.chain(*found.values()), *counters}
 

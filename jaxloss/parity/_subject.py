@@ -169,7 +169,8 @@ class Subject:
         shapes, result, self.drops = abstract_run(port, self.batch)
         self.our_calls = list(shapes)
         untrained = port.weights.keys() - set(port.parameters)
-        unwanted = ignored(ignore, [*view.state, *view.state.tied, *untrained])
+        where = "PyTorch's state_dict, nor among the port's variables that are no nnx.Param"
+        unwanted = ignored(ignore, [*view.state, *view.state.tied, *untrained], where)
         state = {name: shape for name, shape in view.state.shapes.items() if name not in unwanted}
         names = {mine: view.state.tied.get(theirs, theirs) for mine, theirs in (names or {}).items()}
         ours = {name: weight.layout.merged for name, weight in port.weights.items() if name not in unwanted & untrained}
