@@ -97,6 +97,21 @@ def test_ctrl_c_while_the_report_is_written_saves_the_model(tmp_path: Path, monk
     assert (tmp_path / "net/model.safetensors").exists()
 
 
+def test_ctrl_c_saves_the_models_though_no_report_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def epoch(monitor: Monitor, _: object) -> None:
+        if monitor.learner.model == "net":
+            (tmp_path / "report.html").unlink()
+            (tmp_path / "report.html").mkdir()
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Monitor, "epoch", epoch)
+    assert main(["--devices", "1", "--epochs", "1", "--out", str(tmp_path)]) == 2
+    assert f"Is a directory: '{tmp_path}/report.html'" in capsys.readouterr().err
+    assert all((tmp_path / model / "model.safetensors").exists() for model in ("cnn", "net"))
+
+
 def test_closed_pipe_ends_without_traceback(tmp_path: Path) -> None:
     with start_training("--model", "net", "--epochs", "5000", cwd=tmp_path) as process:
         assert process.stdout

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -65,16 +65,14 @@ def _run(config: Config) -> int:
             )
             weights = config.save_model or (folder is not None and (folder / model / WEIGHTS).exists())
             results.append(_train(learner, config, folder, interrupted, console))
-            if folder:
+            if folder:  # the weights first: what follows may fail, or be ended by a second Ctrl-C
+                _save(results if interrupted.is_set() else results[-1:] if weights else [], folder)
                 _draw(results[-1], folder / model, data)
-                if weights:
-                    _save(results[-1], folder)
                 save_report(folder / "report.html", results, data)
             if interrupted.is_set():
                 break
-        if folder and interrupted.is_set():
-            for result in results:
-                _save(result, folder)
+        if folder and interrupted.is_set():  # perhaps only while the report was written
+            _save(results, folder)
     console.print(table(results))
     console.print(data.note)
     if folder:
@@ -190,9 +188,10 @@ def _draw(result: Result, folder: Path, data: Dataset) -> None:
     save_confusion(folder / "confusion.png", title, result.outputs, data)
 
 
-def _save(result: Result, folder: Path) -> None:
-    """The weights of one model."""
-    write_whole(folder / result.learner.model / WEIGHTS, save(to_torch(result.learner.trained())))
+def _save(results: Sequence[Result], folder: Path) -> None:
+    """The weights of models."""
+    for result in results:
+        write_whole(folder / result.learner.model / WEIGHTS, save(to_torch(result.learner.trained())))
 
 
 def _judge(results: list[Result], target: float) -> None:
