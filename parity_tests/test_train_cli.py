@@ -285,11 +285,14 @@ def test_out_with_a_models_folder_in_it_is_refused(tmp_path: Path, capsys: Captu
     assert weights.read_bytes() == b"mine"
 
 
-def test_runs_that_leads_nowhere_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+@pytest.mark.parametrize("out", [[], ["--out", "runs"], ["--out", "runs/mine"]], ids=" ".join)
+def test_folder_that_is_a_link_to_nowhere_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, out: list[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("runs").symlink_to("gone")
-    assert main(["--model", "net", "--epochs", "1"]) == 2
-    assert capsys.readouterr().err == "error: [Errno 17] File exists: 'runs'\n"
+    assert main(["--model", "net", "--epochs", "1", *out]) == 2
+    assert capsys.readouterr().err == "error: runs is a link to gone, which is no folder: make it, or remove the link\n"
 
 
 def test_flags_replace_the_recipe_and_another_optimizer_brings_its_rate() -> None:

@@ -142,7 +142,7 @@ def _make_folder(config: Config) -> Path:
     folder = config.out or _new_folder(f"{config.data}-{time.strftime('%Y%m%d-%H%M%S')}")
     if any((folder / name).exists() for name in ("config.json", *config.models)):
         raise UserError(f"--out {folder} holds a run already: choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     about = {
         **asdict(config),
         "recipes": {model: asdict(config.recipe(model)) for model in config.models},
@@ -159,7 +159,7 @@ def _make_folder(config: Config) -> Path:
 def _new_folder(stem: str) -> Path:
     """runs/stem, or the first of runs/stem-1, runs/stem-2, ... that no other run has taken."""
     folder, number = Path("runs", stem), 0
-    folder.parent.mkdir(exist_ok=True)
+    _make(folder.parent)
     while True:
         try:
             folder.mkdir()
@@ -168,6 +168,19 @@ def _new_folder(stem: str) -> Path:
             folder = folder.with_name(f"{stem}-{number}")
         else:
             return folder
+
+
+def _make(folder: Path) -> None:
+    """A folder with those above it, if they are not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        link = Path(error.filename)
+        if link.is_symlink():
+            raise UserError(
+                f"{link} is a link to {link.readlink()}, which is no folder: make it, or remove the link"
+            ) from error
+        raise
 
 
 def _record(folder: Path, epochs: list[Epoch], mode: str = "a") -> None:
