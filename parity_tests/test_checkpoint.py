@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from flax import nnx
 from hypothesis import settings
 
 from parity_tests.commands import start_training
+from train import evaluate, export, predict
 from train.__main__ import main
 from train.checkpoint import Checkpoints, _without_late_failures
 from train.config import Config, RngName
@@ -241,6 +243,42 @@ def test_weights_that_are_not_finite_end_the_training_before_a_checkpoint_holds_
     assert main([*FLAGS, "--lr", "1e30", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "error: net: the weights are not finite after step 8: lower --lr\n"
     assert not list((tmp_path / "net/checkpoints").iterdir())
+
+
+NOT_FINITE = {
+    "evaluate": (evaluate.main, ("RUN",), 2, "RUN/net/checkpoints/90: not all weights are finite"),
+    "predict": (predict.main, ("RUN", "x.png"), 2, "RUN/net/checkpoints/90: not all weights are finite"),
+    "export": (export.main, ("RUN", "x.pt"), 2, "RUN/net/checkpoints/90: not all weights are finite"),
+    "resume": (main, ("--resume", "RUN"), 1, "--resume: the weights of net are not finite after step 90"),
+}
+
+
+@pytest.mark.parametrize(("command", "arguments", "code", "message"), NOT_FINITE.values(), ids=NOT_FINITE)
+def test_a_checkpoint_of_weights_that_are_not_finite_is_refused(
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    command: Callable[..., int],
+    arguments: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    """Older versions wrote these, after the last step too."""
+    monkeypatch.chdir(tmp_path)
+    newest, learner = copied(whole, Path("RUN"), newest=True), new_learner("torch")
+    epochs, _ = Checkpoints(newest.parent).restore(learner)
+    params = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jnp.nan), learner.state.params)
+    learner.state = learner.state._replace(params=params)
+    with monkeypatch.context() as older:
+        older.setattr("train.checkpoint.finite", lambda _: True)
+        Checkpoints(newest.parent).save(learner, epochs)
+    capsys.readouterr()
+    assert command(list(arguments)) == code
+    out, err = capsys.readouterr()
+    assert "accuracy" not in out
+    assert err.startswith(f"error: {message}: train again with a lower --lr")
+    assert err.count("\n") == 1
 
 
 def test_the_newest_two_and_the_most_accurate_are_kept(whole: Path, tmp_path: Path) -> None:

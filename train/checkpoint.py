@@ -88,11 +88,14 @@ class Checkpoints:
         """Put a new learner where the newest whole checkpoint stands; the epochs done, and what was passed over.
 
         Nothing is deleted: what cannot be read here may be readable elsewhere. Without any checkpoint the learner
-        stays as it is; with unreadable ones alone there is a `UserError`.
+        stays as it is; with unreadable ones alone, or weights that are not finite, there is a `UserError`.
         """
         epochs, broken = _newest_whole(self._manager.all_steps(), lambda step: self._read(step, learner))
         if epochs is None and broken:
             raise UserError(f"--resume: no checkpoint of {learner.model} can be read: {', '.join(broken)}", exit_code=1)
+        if not finite(learner.state.params):  # older versions kept these too
+            message = f"the weights of {learner.model} are not finite after step {learner.steps_done}"
+            raise UserError(f"--resume: {message}: train again with a lower --lr", exit_code=1)
         return epochs or [], broken
 
     def _read(self, step: int, learner: Learner) -> list[Epoch]:
