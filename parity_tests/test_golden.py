@@ -13,7 +13,6 @@ import numpy as np
 import optax
 import pytest
 import torch
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -23,6 +22,7 @@ from jaxloss import parity
 from jaxloss.parity import _golden
 from jaxloss.parity.__main__ import main
 from jaxloss.parity._live import Live
+from parity_tests.small import small
 from parity_tests.without_torch import PORTS, port
 from parity_tests.zoo import randomise
 
@@ -131,12 +131,6 @@ def test_reason_is_told_where_the_arrays_tell_it(folder):
         found = parity.replay(folder / "attention.safetensors", ours, optimizer=optimizer)
         assert found.first_divergence.place == place
         assert found.first_divergence.diagnosis.startswith(says)
-
-
-def small() -> tuple[nn.Module, nnx.Module]:
-    torch.manual_seed(0)
-    module = randomise(nn.Linear(4, 3))
-    return module, parity.load_torch(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), module.state_dict())
 
 
 def half(outputs: Any, targets: Any) -> Any:
@@ -393,7 +387,6 @@ def test_what_is_no_golden_file_is_refused(refused, content):
 
 PAIR = """
 import torch
-from flax import nnx
 from jaxloss.parity import load_torch
 
 original = torch.nn.Linear(4, 3)

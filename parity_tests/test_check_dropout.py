@@ -1,0 +1,84 @@
+"""Dropout that only one framework has, and random numbers that the port cannot be given."""
+
+import jax
+import torch
+from flax import nnx
+from torch import nn
+
+from jaxloss import parity
+from parity_tests.small import small
+
+
+def test_dropout_that_the_original_has_not_is_found():
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.fc, self.dropout = nnx.Linear(4, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.dropout(self.fc(x))
+
+    original = nn.Sequential()
+    original.add_module("fc", nn.Linear(4, 3))
+    options = {"steps": 0, "dtypes": ["float64"]}
+    assert parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), **options).ok
+    report = parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), train=True, **options)
+    assert report.first_divergence.place == "between fc and the output"
+    assert "drops 1 times in a run, PyTorch 0 times" in report.first_divergence.diagnosis
+
+
+def test_dropout_that_is_missing_elsewhere_is_no_reason():
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.b(nn.functional.gelu(self.a(x)))
+            return self.c(nn.functional.dropout(x, 0.5, self.training))
+
+    class Port(nnx.Module):
+        def __init__(self, *, exact: bool) -> None:
+            rngs = nnx.Rngs(0)
+            self.a, self.b, self.c = (nnx.Linear(4, size, rngs=rngs) for size in (4, 4, 3))
+            self.exact = exact
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.c(self.b(nnx.gelu(self.a(x), approximate=not self.exact)))
+
+    torch.manual_seed(0)
+    original = Original()
+    for exact, place, says in (
+        (False, "between a and b", "gelu with approximate=True"),
+        (True, "between b and c", "drops 0 times in a run, PyTorch 1 times"),
+    ):
+        report = parity.check(original, Port(exact=exact), torch.randn(5, 4), train=True, steps=0, dtypes=["float64"])
+        assert report.first_divergence.place == place
+        assert says in report.first_divergence.diagnosis
+
+
+def test_random_numbers_that_the_port_cannot_be_given_are_named():
+    class Original(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.alpha_dropout(super().forward(x), 0.5, self.training)
+
+    report = parity.check(Original(4, 3), small()[1], torch.randn(5, 4), train=True, steps=0, dtypes=["float64"])
+    assert not report.ok
+    assert any("draws random numbers in alpha_dropout" in note for note in report.notes)
+
+
+def test_attention_dropout_is_named_and_alpha_dropout_in_eval_mode_is_not():
+    class Original(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = nn.functional.alpha_dropout(x, 0.5, False)
+            return nn.functional.scaled_dot_product_attention(x, x, x, None, 0.3 * self.training)
+
+    class Port(nnx.Module):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return jax.nn.softmax(x @ x.swapaxes(-1, -2) / 2) @ x
+
+    for train in (False, True):
+        report = parity.check(Original(), Port(), torch.randn(2, 5, 4), losses=None, train=train, dtypes=["float64"])
+        assert report.ok is not train
+        named = [note for note in report.notes if "draws random numbers" in note]
+        assert len(named) == train
+        assert all("scaled_dot_product_attention" in note for note in named)

@@ -1,0 +1,115 @@
+"""Layers and what lies between them: with other arguments, with nothing to learn, or on an input that they change."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+from flax import nnx
+from torch import nn
+
+from jaxloss import parity
+from jaxloss.parity import load_torch
+from parity_tests.zoo import randomise
+
+
+def test_module_without_parameters():
+    class Port(nnx.Module):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nnx.relu(x)
+
+    for batch in (torch.randn(5, 4), torch.rand(5, 4)):
+        assert parity.check(nn.ReLU(), Port(), batch).ok
+    report = parity.check(nn.GELU(), Port(), torch.randn(5, 4))
+    assert report.first_divergence.place == "between the input and the output"
+    assert "applies relu where PyTorch applies gelu" in report.first_divergence.diagnosis
+
+
+def test_module_that_changes_its_input_is_compared_with_what_it_was_given():
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x.mul_(2))
+
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.fc = nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.fc(x)
+
+    batch = torch.randn(5, 4)
+    kept = batch.clone()
+    report = parity.check(Original(), Port(nnx.Rngs(0)), batch, steps=0, dtypes=["float64"])
+    assert torch.equal(batch, kept)
+    assert report.first_divergence.place == "between the input and fc"
+    assert any("changes its input 0 in place" in note for note in report.notes)
+
+
+def test_norms_at_their_initial_values_pass(parity):
+    original = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    port = nnx.Sequential(
+        nnx.Linear(4, 6, rngs=nnx.Rngs(0)),
+        nnx.LayerNorm(6, epsilon=1e-5, use_fast_variance=False, rngs=nnx.Rngs(0)),
+        nnx.Linear(6, 3, rngs=nnx.Rngs(0)),
+    )
+    parity.check(original, load_torch(port, original.state_dict()), torch.randn(8, 4), steps=1)
+
+
+def test_a_pool_of_one_image_without_a_batch_has_its_reason_too():
+    class TorchUnbatched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(nn.functional.max_pool2d(x[0], 3, 2, 1).flatten(1))
+
+    class FlaxUnbatched(nnx.Module):
+        def __init__(self) -> None:
+            self.fc = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            pooled = nnx.max_pool(jnp.moveaxis(x[0], -1, 0)[..., None], (3, 3), (2, 2), "SAME")
+            return self.fc(pooled.reshape(pooled.shape[0], -1))
+
+    original = TorchUnbatched()
+    port = parity.load_torch(FlaxUnbatched(), original.state_dict())
+    report = parity.check(original, port, torch.randn(1, 2, 4, 4), losses=None, steps=0, dtypes=["float64"])
+    assert "pads SAME" in report.first_divergence.diagnosis
+
+
+@pytest.mark.parametrize(
+    ("original", "layer", "says"),
+    [
+        (
+            lambda: nn.GroupNorm(2, 8),
+            lambda rngs: nnx.GroupNorm(8, num_groups=None, group_size=2, epsilon=1e-5, rngs=rngs),
+            "has 4 groups of channels, PyTorch 2.",
+        ),
+        (
+            lambda: nn.GroupNorm(2, 8),
+            lambda rngs: nnx.GroupNorm(8, num_groups=8, rngs=rngs),
+            "has 8 groups of channels, PyTorch 2, and another epsilon",
+        ),
+        (
+            lambda: nn.Conv2d(8, 8, 3, padding=2, dilation=2),
+            lambda rngs: nnx.Conv(8, 8, (3, 3), rngs=rngs),
+            "pads SAME and does not dilate, PyTorch by (2, 2)",
+        ),
+    ],
+    ids=["groups", "groups and epsilon", "dilation"],
+)
+def test_other_arguments_of_a_layer_are_named(original, layer, says):
+    torch.manual_seed(0)
+    module = nn.Sequential(randomise(original()), nn.Flatten(), nn.Linear(8 * 25, 3))
+    rngs = nnx.Rngs(0)
+    port = nnx.Sequential(
+        layer(rngs), lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), -1), nnx.Linear(200, 3, rngs=rngs)
+    )
+    port = parity.load_torch(port, module.state_dict(), flatten={})
+    report = parity.check(module, port, torch.randn(4, 8, 5, 5), losses=None, steps=0, dtypes=["float64"])
+    assert report.first_divergence.place == "0"
+    assert says in report.first_divergence.diagnosis

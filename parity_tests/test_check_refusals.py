@@ -1,0 +1,122 @@
+"""A batch, a module or an option that nothing can be told from is refused, or said so."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch import nn
+
+from jaxloss import parity
+from parity_tests.small import check_small, small
+
+
+def test_probability_targets_and_no_loss():
+    batch = torch.randn(5, 4)
+    assert check_small((batch, torch.softmax(torch.randn(5, 3), 1))).ok
+    assert check_small(batch, losses=None).ok
+    assert check_small((batch.numpy(), np.arange(5) % 3), flax_batch=batch.numpy()).ok
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(0, 4), ()], ids=["no rows", "nothing"])
+def test_empty_batch_is_refused(batch):
+    with pytest.raises(ValueError, match="the batch is empty"):
+        check_small(batch)
+
+
+def test_batch_of_nan_says_nothing():
+    report = check_small(torch.full((5, 4), torch.nan))
+    assert not report.ok
+    assert "nothing was compared" in report.first_divergence.problem
+
+
+def test_constant_batch_says_nothing():
+    report = check_small(torch.zeros(5, 4))
+    assert not report.ok
+    assert "nothing can be told" in report.first_divergence.problem
+
+
+def test_constant_batch_that_arrives_is_no_fault_of_the_layout():
+    report = check_small(torch.ones(5, 4))
+    assert "nothing can be told" in report.first_divergence.problem
+    assert not report.first_divergence.kind
+    assert not report.first_divergence.diagnosis
+
+
+def test_complex_outputs_are_refused():
+    class Original(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 1j
+
+    with pytest.raises(TypeError, match="returned complex numbers"):
+        parity.check(Original(4, 3), small()[1], torch.randn(5, 4))
+
+
+def test_complex_parameters_are_refused():
+    with pytest.raises(TypeError, match=r"weight, bias is complex in PyTorch: train the real and imaginary parts"):
+        parity.check(nn.Linear(4, 3, dtype=torch.complex64), small()[1], torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("side", ["torch", "flax"])
+def test_module_that_raises_passes_its_error_on(side):
+    class Original(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("from the original")
+
+    class Port(nnx.Linear):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            raise RuntimeError("from the port")
+
+    module, port = small()
+    module, port = (Original(4, 3), port) if side == "torch" else (module, Port(4, 3, rngs=nnx.Rngs(0)))
+    with pytest.raises(RuntimeError, match=f"from the {'original' if side == 'torch' else 'port'}"):
+        parity.check(module, port, torch.randn(5, 4))
+
+
+def test_other_shapes_are_an_error():
+    module, _ = small()
+    with pytest.raises(ValueError, match=r"output is \(5, 2\), PyTorch's \(5, 3\)"):
+        parity.check(module, nnx.Linear(4, 2, rngs=nnx.Rngs(0)), torch.randn(5, 4))
+
+
+def test_outputs_that_are_no_array_are_refused():
+    class Original(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            return x, x
+
+    with pytest.raises(TypeError, match="returned a tuple, expected one tensor"):
+        parity.check(Original(4, 3), small()[1], torch.randn(5, 4))
+
+
+def test_output_of_another_shape_is_refused():
+    class Port(nnx.Linear):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return super().__call__(x)[:, 0]
+
+    losses = (lambda x, y: ((x - y) ** 2).mean(), lambda x, y: ((x - y) ** 2).mean())
+    batch = torch.randn(5, 4), torch.randn(5, 1)
+    with pytest.raises(ValueError, match=r"output is \(5,\), PyTorch's \(5, 1\)"):
+        parity.check(nn.Linear(4, 1), Port(4, 1, rngs=nnx.Rngs(0)), batch, losses=losses)
+
+
+def test_namesakes_of_other_shapes_are_named():
+    class Original(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(4, 8), nn.Linear(8, 3))
+
+    port = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
+    report = parity.check(Original(), port, torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert "has shape (6, 4), PyTorch's (8, 4)" in [finding.problem for finding in report.failures()]
+    with pytest.raises(ValueError, match="layouts names nowhere"):
+        parity.check(*small(), torch.randn(5, 4), layouts={"nowhere": (1, 2, 2)})
+
+
+@pytest.mark.parametrize("dtypes", ["float32", ["float99"]])
+def test_unknown_dtypes_are_refused_at_once(dtypes):
+    original, port = nn.Linear(4, 3), nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    stages = []
+    with pytest.raises(ValueError, match="dtypes must be a sequence of bfloat16, float16, float32, float64, got"):
+        parity.check(original, port, torch.randn(5, 4), dtypes=dtypes, progress=stages.append)
+    assert not stages
