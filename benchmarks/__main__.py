@@ -29,8 +29,9 @@ ROUGH = "--quick: few turns, small shapes. These figures are rough, and say noth
 class Options:
     """Time jaxloss against its peers, interleaved in one run."""
 
-    suite: Literal["losses", "linear", "train", "start", "accuracy", "all"] = "all"
-    """What to measure. All is all but accuracy, which needs MNIST, and hours without a GPU."""
+    suite: Literal["losses", "linear", "train", "start", "compiled", "accuracy", "all"] = "all"
+    """What to measure. All is all but compiled, which needs XLA's compilers for GPU and TPU, and accuracy, which needs
+    MNIST, and hours without a GPU."""
     quick: bool = False
     """Everything once, in seconds, to see that it runs: a few small shapes. Its figures are rough."""
     turns: int | None = None

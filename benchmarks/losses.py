@@ -116,6 +116,16 @@ def examples(kind: Kind, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray
     return logits, labels
 
 
+def jitted(loss: Callable, quantity: str) -> Any:
+    """A loss's value, or with its gradient, of logits, targets and what multiplies the gradient of one not scalar."""
+
+    def both(z: jax.Array, t: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value, pull = jax.vjp(lambda z: loss(z, t), z)
+        return value, *pull(g if value.ndim else jnp.ones_like(value))
+
+    return jax.jit(both if quantity == BOTH else lambda z, t, g: loss(z, t))
+
+
 def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...]) -> tuple[Calls, Measures]:
     """Calls without arguments that return the value, or the value and its gradient, finished; PyTorch eager last.
 
@@ -125,13 +135,6 @@ def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...
     factors = np.random.default_rng(1).standard_normal(shape, np.float32)  # the gradient of what has no scalar value
     integers = targets.dtype == np.int32
     z, t, g = jnp.asarray(logits, dtype), jnp.asarray(targets, None if integers else dtype), jnp.asarray(factors, dtype)
-
-    def jitted(loss: Callable) -> Any:
-        def both(z: jax.Array, t: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-            value, pull = jax.vjp(lambda z: loss(z, t), z)
-            return value, *pull(g if value.ndim else jnp.ones_like(value))
-
-        return jax.jit(both if quantity == BOTH else lambda z, t, g: loss(z, t))
 
     moved = len(shape) > 2 and kind.axis == -1
 
@@ -152,7 +155,7 @@ def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...
 
         return call
 
-    steps = {name: jitted(loss) for name, loss in kind.jax.items()}
+    steps = {name: jitted(loss, quantity) for name, loss in kind.jax.items()}
     held = {name: partial(temporaries, step, z, t, g) for name, step in steps.items()}
     calls: Calls = {
         name: lambda step=step: jax.tree.leaves(jax.block_until_ready(step(z, t, g))) for name, step in steps.items()

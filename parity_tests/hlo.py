@@ -1,16 +1,14 @@
 """What a compiled program is made of: passes over large arrays, what it holds, what moves between devices."""
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks.hlo import collectives
+from benchmarks.hlo import FREE, INSTRUCTION, NAME, arrays_in, collectives
 
 GATHERS = ("all-gather", "all-to-all", "collective-permute")
-FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant")  # operations that touch no memory
 
 
 class Costs(NamedTuple):
@@ -34,16 +32,12 @@ def costs(function: Callable[..., Any], *arguments: Any) -> Costs:
     text, elements = compiled.as_text(), arguments[0].size
     sizes: dict[str, int] = {}
     passes = written = 0
-    for name, shape, operation, operands in re.findall(
-        r"^ *(?:ROOT )?(%\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)", text[text.index("\nENTRY") :], re.MULTILINE
-    ):
+    for _, name, shape, operation, operands, _ in INSTRUCTION.findall(text[text.index("\nENTRY") :]):
         sizes[name] = largest(shape)
         if operation in FREE:
             continue
         written += sizes[name] >= elements
-        passes += (
-            max(sizes[name], *(sizes.get(each, 0) for each in ["", *re.findall(r"%[\w.-]+", operands)])) >= elements
-        )
+        passes += max(sizes[name], *(sizes.get(each, 0) for each in ["", *NAME.findall(operands)])) >= elements
     temporaries = compiled.memory_analysis().temp_size_in_bytes / (elements * arguments[0].dtype.itemsize)
     products = len(re.findall(r"= \w+\[\d+,[\d,]+\]\S* dot\(", text))
     exponentials = [largest(shape) for shape in re.findall(r"= (\S+) exponential\(", text)]
@@ -52,8 +46,7 @@ def costs(function: Callable[..., Any], *arguments: Any) -> Costs:
 
 def largest(shape: str) -> int:
     """Elements of the largest array in a shape as XLA prints it."""
-    arrays = re.findall(r"\w\[([\d,]*)\]", shape)
-    return max((math.prod(int(n) for n in array.split(",") if n) for array in arrays), default=0)
+    return max((size for _, size in arrays_in(shape)), default=0)
 
 
 def kept_bytes(function: Callable[..., Any], *arguments: jax.Array) -> int:

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import losses, plots, timing
+from benchmarks import compiled, losses, plots, timing
 from benchmarks.__main__ import ALL
 from benchmarks.growth import curves
-from benchmarks.hlo import collectives
+from benchmarks.hlo import collectives, traffic
 from benchmarks.processes import in_new_processes
 from benchmarks.timing import HAS_COMPILER, assert_same_answers, quartiles, spread, told
 from benchmarks.train import SHARES, profiled
@@ -81,7 +81,25 @@ def test_all_runs_every_suite_but_accuracy():
     assert {*ALL, "accuracy"} == set(KINDS)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.stem)
+def test_what_would_compile_for_a_device_is_used_or_named(tmp_path):
+    printed = run_quick("compiled", tmp_path)
+    for target in compiled.TARGETS.values():
+        shown = f"│ {target.name}" in printed or f"┃ {target.name}" in printed
+        assert shown != (f"{target.name} is left out: it needs {target.package}" in printed)
+
+
+def test_committed_programs_are_of_both_devices_and_every_loss():
+    rows = json.loads((ROOT / "benchmarks/results/compiled-cpu.json").read_text())["rows"]
+    cases = {(row["loss"], row["of"], row["dtype"], tuple(row["shape"])) for row in rows}
+    assert cases == set(compiled.cases(quick=False))
+    assert len(rows) == 2 * len(cases)
+    assert [table.row_count for table in compiled.tables(rows)] == [len(cases)] * 2
+
+
+TIMED = sorted({*(ROOT / "benchmarks/results").glob("*.json")} - {ROOT / "benchmarks/results/compiled-cpu.json"})
+
+
+@pytest.mark.parametrize("path", TIMED, ids=lambda path: path.stem)
 def test_committed_results_are_no_rough_ones_and_can_be_drawn(path, tmp_path):
     results = json.loads(path.read_text())
     assert not results.get("quick")
@@ -179,3 +197,48 @@ def test_bytes_of_collectives_are_those_of_their_results():
     first, second = collectives(Compiled())
     assert (first.kind, first.sizes, first.bytes, first.in_loop) == ("all-reduce", [25, 3, 1], 100 + 6 + 1, False)
     assert (second.kind, second.sizes, second.bytes, second.in_loop) == ("all-gather", [8], 32, True)
+
+
+PROGRAM = """
+%gathering (param_0.1: bf16[4,8], param_1.1: s32[4,1]) -> f32[4] {
+  %param_0.1 = bf16[4,8]{1,0} parameter(0)
+  %convert.1 = f32[4,8]{1,0} convert(%param_0.1)
+  %param_1.1 = s32[4,1]{1,0} parameter(1)
+  ROOT %gather.1 = f32[4]{0} gather(%convert.1, %param_1.1), offset_dims={}
+}
+
+%gathering_and_adding (param_0.2: bf16[4,8]) -> bf16[4,8] {
+  %param_0.2 = bf16[4,8]{1,0} parameter(0)
+  %convert.2 = f32[4,8]{1,0} convert(%param_0.2)
+  %gather.2 = f32[4,8]{1,0} gather(%convert.2, %param_0.2), offset_dims={}
+  %add.2 = f32[4,8]{1,0} add(%gather.2, %convert.2)
+  ROOT %convert.3 = bf16[4,8]{1,0} convert(%add.2)
+}
+
+%scattering (param_0.3: bf16[4,8], param_1.3: s32[4,1], param_2.3: bf16[4]) -> bf16[4,8] {
+  %param_0.3 = bf16[4,8]{1,0} parameter(0)
+  %param_1.3 = s32[4,1]{1,0} parameter(1)
+  %param_2.3 = bf16[4]{0} parameter(2)
+  ROOT %scatter.3 = bf16[4,8]{1,0} scatter(%param_0.3, %param_1.3, %param_2.3), to_apply=%add
+}
+
+ENTRY %main (x: bf16[4,8], t: s32[4,1]) -> (f32[4], bf16[4,8]) {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %t = s32[4,1]{1,0} parameter(1)
+  %a = f32[4]{0} fusion(%x, %t), kind=kLoop, calls=%gathering
+  %b = bf16[4,8]{1,0} fusion(%x), kind=kLoop, calls=%gathering_and_adding
+  %c = bf16[4]{0} convert(%a)
+  %d = bf16[4,8]{1,0} fusion(%b, %t, %c), kind=kInput, calls=%scattering
+  ROOT %e = (f32[4]{0}, bf16[4,8]{1,0}) tuple(%a, %d)
+}
+"""
+
+
+def test_traffic_counts_no_array_of_which_single_elements_are_taken_or_put():
+    gathering, adding, converting, scattering = 16 + 16, 64 + 64, 16 + 8, 16 + 8
+    assert traffic(PROGRAM) == {"kernels": 4, "bytes": gathering + adding + converting + scattering}
+
+
+def test_cycles_are_those_of_the_program_and_not_again_of_its_parts():
+    text = '%part {\n "estimated_cycles":"7"\n}\n\nENTRY %main {\n "estimated_cycles":"5"\n "estimated_cycles":"6"\n}'
+    assert compiled.cycles(text) == 11
