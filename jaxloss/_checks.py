@@ -12,6 +12,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -22,6 +23,7 @@ _REDUCTIONS = ("none", "mean", "sum")
 
 
 def _array(name: str, argument: str, value: Any) -> Array:
+    value = _held(value)
     if isinstance(value, jax.Array):
         return value
     try:
@@ -30,6 +32,12 @@ def _array(name: str, argument: str, value: Any) -> Array:
         raise TypeError(f"{name}: {argument} must be an array of numbers, got {_kind(value)}.") from error
     except RuntimeError as error:  # a torch tensor that requires grad
         raise TypeError(f"{name}: {argument} must be an array, got {_kind(value)}: {error}") from error
+
+
+def _held(value: Any) -> Any:
+    """The array in a Flax variable and the like; other values as they are."""
+    array_of = getattr(value, "__jax_array__", None)
+    return array_of() if array_of else value
 
 
 def _kind(value: Any) -> str:
@@ -99,9 +107,11 @@ def reduction(name: str, reduction: Any, allowed: tuple[str, ...] = _REDUCTIONS)
 
 def fraction(name: str, argument: str, value: Any, upper: float) -> Any:
     """A scalar in [0, upper]; None for a concrete 0, which switches the option off. A tracer's value is not known."""
+    value = _held(value)
     if isinstance(value, jax.core.Tracer):
-        if value.shape or not jnp.issubdtype(value.dtype, np.number):
-            raise TypeError(f"{name}: {argument} must be a scalar, got {value.dtype}{list(value.shape)}.")
+        real = jnp.issubdtype(value.dtype, np.number) and not jnp.issubdtype(value.dtype, np.complexfloating)
+        if value.shape or not real:
+            raise TypeError(f"{name}: {argument} must be a real scalar, got {value.dtype}{list(value.shape)}.")
         return value
     if isinstance(value, str | bool):
         raise TypeError(f"{name}: {argument} must be a number, got {value!r}.")
@@ -113,6 +123,21 @@ def fraction(name: str, argument: str, value: Any, upper: float) -> Any:
         bounds = f"between 0 and {upper:g}" if math.isfinite(upper) else "finite and at least 0"
         raise ValueError(f"{name}: {argument} must be {bounds}, got {number:g}.")
     return number or None
+
+
+def mesh_axes(name: str, class_axis_name: Any) -> MeshAxes | None:
+    """The names of mesh axes that are there, or None."""
+    if class_axis_name is None:
+        return None
+    names = (class_axis_name,) if isinstance(class_axis_name, str) else class_axis_name
+    if not isinstance(names, tuple) or not all(isinstance(each, str) for each in names):
+        raise TypeError(f"{name}: class_axis_name must be a mesh axis or a tuple of them, got {class_axis_name!r}.")
+    try:
+        lax.axis_size(names)
+    except NameError as error:
+        message = f"{name}: class_axis_name: no mesh axis {class_axis_name!r} here. It is for use in jax.shard_map."
+        raise ValueError(message) from error
+    return class_axis_name
 
 
 def weight(name: str, weight: Any, classes: Size) -> Array | None:
@@ -173,6 +198,7 @@ def index_targets(
     limit = np.iinfo(np.int32)
     if not limit.min < integer(name, "ignore_index", ignore_index) < limit.max:
         raise ValueError(f"{name}: ignore_index must fit in int32, got {ignore_index}.")
+    targets = _held(targets)
     if not isinstance(targets, jax.Array | np.ndarray):
         try:
             targets = np.asarray(targets)

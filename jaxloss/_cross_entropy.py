@@ -108,6 +108,7 @@ def cross_entropy(
     name = "cross_entropy"
     logits = _checks.floating_array(name, "logits", logits)
     axis = _checks.axis(name, axis, logits.ndim)
+    class_axis_name = _checks.mesh_axes(name, class_axis_name)
     targets = _checks.targets(name, targets, logits, axis, ignore_index, class_axis_name)
     return _cross_entropy(
         logits,
@@ -206,7 +207,13 @@ def _index_loss(
         terms.append((z_loss, row_weights * (top + normalizer) ** 2))
     # Reduced one by one, so that weights of 0 throughout are NaN as in PyTorch.
     reduced = reduce_rows([jnp.where(kept, losses, 0) for _, losses in terms], row_weights, reduction)
-    return sum((factor * loss for (factor, _), loss in zip(terms, reduced, strict=True)), start=jnp.zeros((), dtype))
+    factors = [factor for factor, _ in terms]
+    return factors[0] * reduced[0] + sum(map(_option, factors[1:], reduced[1:]), start=jnp.zeros((), dtype))
+
+
+def _option(factor: Float[Array, ""] | float, loss: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Factor times loss; 0 if the factor is 0, also where the loss is infinite: a traced 0 switches the option off."""
+    return factor * jnp.where((factor == 0) & jnp.isinf(loss), 0, loss)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -310,4 +317,4 @@ def _probability_losses(
     if z_loss is None:
         return -log_prob
     row_weights = checkpoint_name(axis.sum(class_weights * targets), ROWS)
-    return z_loss * row_weights * (top + jnp.log1p(extra)) ** 2 - log_prob
+    return _option(z_loss, row_weights * (top + jnp.log1p(extra)) ** 2) - log_prob

@@ -16,7 +16,7 @@ from jaxloss._cross_entropy import losses_of_rows
 from jaxloss._explicit_mesh import on_shards
 from jaxloss._halves import cast
 from jaxloss._log_softmax import accumulator, accumulator_dtype
-from jaxloss._nll import Reduction, weigh_rows
+from jaxloss._nll import Reduction, one_or_nan, weigh_rows
 from jaxloss._slabs import (
     SCALARS,
     Arrays,
@@ -68,7 +68,7 @@ def linear_cross_entropy(
         reduction: "mean", "sum" or "none".
         label_smoothing: ε in [0, 1]; may be a traced scalar.
         z_loss: k ≥ 0; may be a traced scalar.
-        logit_softcap: c > 0 replaces each logit z by c · tanh(z / c); may be a traced scalar. None leaves them.
+        logit_softcap: c > 0 replaces each logit z but -inf by c · tanh(z / c); may be traced. None leaves them.
         class_axis_name: inside `jax.shard_map`, the mesh axis (or axes) that splits the classes; see `cross_entropy`.
         memory_budget: bytes that a slab's logits, exponentials and gradient may take (`logit_softcap` and probability
             targets take more); a slab holds at least one token. None: 128 MiB or what 128 tokens take, if that is more;
@@ -108,6 +108,7 @@ def linear_cross_entropy(
     inputs = _checks.floating_array(name, "inputs", inputs)
     linear_weight = _checks.floating_array(name, "linear_weight", linear_weight)
     logits = _checks.projection(name, inputs, linear_weight)
+    class_axis_name = _checks.mesh_axes(name, class_axis_name)
     axis = inputs.ndim - 1
     targets, ignore_index = _checks.linear_targets(name, targets, logits, axis, ignore_index, class_axis_name)
     arrays = Arrays(
@@ -163,8 +164,8 @@ def _mean_of(settings: Settings, arrays: Arrays) -> tuple[Float[Array, ""], Floa
     kept, weights = weigh_rows(axis, classes, arrays.targets, arrays.weight, settings.ignore_index, dtype)
     # Where no row is kept the mean is NaN and its gradient 0; where all weights are 0, both are NaN.
     some, weighty = (settings.over_tokens(jnp.sum(mask)) > 0 for mask in (kept, weights != 0))
-    divisor = jnp.where(weighty, settings.over_tokens(jnp.sum(weights)), jnp.nan)
-    return jnp.where(some, divisor, 1), jnp.where(some, 0, jnp.nan).astype(dtype)
+    divisor = settings.over_tokens(jnp.sum(weights)) * one_or_nan(~weighty, dtype)
+    return jnp.where(some, divisor, 1), one_or_nan(~some, dtype) - 1
 
 
 def _slab_losses(
@@ -205,7 +206,8 @@ def _total_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[Arr
 
     def along(names: tuple[str, ...]) -> Float[Array, ""]:
         pairs = ((getattr(gradients, name), getattr(darrays, name)) for name in names)
-        return sum((jnp.sum(g * jnp.asarray(d, g.dtype)) for g, d in pairs if g is not None), jnp.zeros_like(total))
+        moving = ((g, d) for g, d in pairs if g is not None and d.dtype != jax.dtypes.float0)  # integers do not
+        return sum((jnp.sum(g * jnp.asarray(d, g.dtype)) for g, d in moving), jnp.zeros_like(total))
 
     # Each shard of the classes knows its part of these gradients; those of the scalars are whole.
     parts = along(("inputs", "targets", "linear_weight", "linear_bias", "weight"))

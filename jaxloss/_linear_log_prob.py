@@ -11,7 +11,7 @@ from jaxloss import _checks
 from jaxloss._cross_entropy import losses_of_rows
 from jaxloss._explicit_mesh import on_shards
 from jaxloss._log_probs import entropy
-from jaxloss._slabs import Arrays, Settings, project, scan, soft_cap, varying_alike
+from jaxloss._slabs import Arrays, Settings, project, scan, soft_cap, temper, varying_alike
 
 
 class LinearLogProb(NamedTuple):
@@ -54,7 +54,7 @@ def linear_log_prob(
             without the classes: (...), or (batch, d1, ..., dK).
         linear_bias: (classes,) or (classes, d1, ..., dK); None for none. -inf removes a class.
         ignore_index: tokens with this target have log-probability and entropy 0, with gradient 0.
-        logit_softcap: c > 0 replaces each logit z by c · tanh(z / c), before the temperature; may be a traced scalar.
+        logit_softcap: c > 0 replaces each logit z but -inf by c · tanh(z / c), before the temperature; may be traced.
         temperature: T > 0, divides the logits; may be a traced scalar. None is 1.
         class_axis_name: inside `jax.shard_map`, the mesh axis (or axes) that splits the classes; see `cross_entropy`.
         memory_budget: bytes that a slab's logits, exponentials and gradient may take; see `linear_cross_entropy`.
@@ -86,6 +86,7 @@ def linear_log_prob(
     inputs = _checks.floating_array(name, "inputs", inputs)
     linear_weight = _checks.floating_array(name, "linear_weight", linear_weight)
     logits = _checks.projection(name, inputs, linear_weight)
+    class_axis_name = _checks.mesh_axes(name, class_axis_name)
     _checks.some_classes(name, linear_weight)
     bounded = class_axis_name is None
     arrays = Arrays(
@@ -113,9 +114,7 @@ def _linear_log_prob(arrays: Arrays, *, settings: Settings) -> LinearLogProb:
 
 
 def _slab(settings: Settings, _: None, part: Arrays, real: Bool[Array, " tokens"]) -> tuple[None, LinearLogProb]:
-    logits = soft_cap(project(part), part.logit_softcap)
-    if part.temperature is not None:
-        logits /= jnp.asarray(part.temperature, logits.dtype)
+    logits = temper(soft_cap(project(part), part.logit_softcap), part.temperature)
     kept = part.targets != settings.ignore_index
     losses = losses_of_rows(settings.axis, logits, part.targets, None, None, None, settings.ignore_index)
     return None, LinearLogProb(

@@ -113,7 +113,12 @@ def weigh_rows(
     kept = targets != ignore_index
     valid = (targets >= 0) & (targets < classes)
     weights = jnp.ones_like(targets, dtype) if weight is None else _weight_at(axis, weight, targets, dtype)
-    return kept, jnp.where(kept, weights * jnp.where(kept & ~valid, jnp.nan, 1), 0)
+    return kept, jnp.where(kept, weights * one_or_nan(kept & ~valid, dtype), 0)
+
+
+def one_or_nan(bad: Bool[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """1, and NaN where `bad`: computed, since `jax.debug_nans` takes a literal NaN outside of jit for a fault."""
+    return jnp.sqrt(jnp.where(bad, -1, jnp.ones((), dtype)))
 
 
 def _weight_at(

@@ -142,11 +142,24 @@ def add_product(
 
 
 def soft_cap(logits: Float[Array, "..."], cap: Float[Array, ""] | float | None) -> Float[Array, "..."]:
-    """The logits z as c · tanh(z / c), or as they are."""
+    """The logits z as c · tanh(z / c), or as they are; -inf stays."""
     if cap is None:
         return logits
     cap = jnp.asarray(cap, logits.dtype)
-    return cap * jnp.tanh(logits / cap)
+    return _unless_left_out(lambda z: cap * jnp.tanh(z / cap), logits)
+
+
+def temper(logits: Float[Array, "..."], temperature: Float[Array, ""] | float | None) -> Float[Array, "..."]:
+    """The logits z as z / T, or as they are."""
+    if temperature is None:
+        return logits
+    return _unless_left_out(lambda z: z / jnp.asarray(temperature, z.dtype), logits)
+
+
+def _unless_left_out(function: Callable[[Array], Array], logits: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`function` of the logits but -inf, which no derivative may multiply by 0."""
+    left_out = logits == -jnp.inf
+    return jnp.where(left_out, logits, function(jnp.where(left_out, 0, logits)))
 
 
 Step = Callable[[Any, Arrays, Bool[Array, " tokens"]], tuple[Any, Any]]
@@ -172,6 +185,9 @@ def scan(settings: Settings, step: Step, start: Any, arrays: Arrays) -> tuple[An
 
     def body(carry: Any, xs: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         inputs, targets, slab = xs
+        if not arrays.soft:  # NaN in ignored tokens stays out of the weight's gradient, where it meets zeros
+            ignored = jnp.all(targets == settings.ignore_index, range(1, targets.ndim))[:, None]
+            inputs = jnp.where(ignored & ~jnp.isfinite(inputs), 0, inputs)
         return step(carry, arrays._replace(inputs=inputs, targets=targets), jnp.arange(size) * slabs + slab < tokens)
 
     # A gradient keeps nothing of a slab but its arguments then, and the zeros that a slab's gradient is added to are

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -72,3 +73,21 @@ def test_criterion_passes_its_dtype_and_its_mesh_axis_on():
     criterion = jaxloss.CrossEntropyLoss(class_axis_name="classes")
     split = jax.shard_map(criterion, mesh=mesh, in_specs=(P(None, "classes"), P()), out_specs=P())
     np.testing.assert_allclose(jax.jit(split)(LOGITS, TARGETS), jaxloss.CrossEntropyLoss()(LOGITS, TARGETS), rtol=1e-6)
+
+
+def test_flax_variables_are_the_arrays_in_them():
+    class Head(nnx.Module):
+        def __init__(self) -> None:
+            self.labels = nnx.Variable(jnp.array([0, 2, 1]))
+            self.temperature = nnx.Param(jnp.array(2.0))
+
+    inputs, weight, head = jnp.eye(3), jnp.arange(9.0).reshape(3, 3), Head()
+
+    def log_prob(head: Head) -> jax.Array:
+        found = jaxloss.linear_log_prob(inputs, weight, head.labels, temperature=head.temperature)
+        return jnp.sum(found.log_prob)
+
+    expected = -jaxloss.cross_entropy(weight.T / 2, head.labels[...], reduction="sum")
+    for value in (log_prob(head), nnx.jit(log_prob)(head)):
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert nnx.grad(log_prob)(head).temperature[...] != 0

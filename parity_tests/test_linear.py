@@ -541,3 +541,16 @@ def test_any_leading_axes(leading, reduction):
     ours = jaxloss.linear_cross_entropy(x, w, t, reduction=reduction, memory_budget=80)
     theirs = jaxloss.cross_entropy(x @ w.T, t, reduction=reduction)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("option", ["label_smoothing", "z_loss", "logit_softcap"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_traced_integer_option_is_that_number(option, reduction):
+    inputs, weight, targets = jnp.eye(3, 4), jnp.arange(20.0).reshape(5, 4), jnp.array([0, 4, 2])
+
+    @jax.jit
+    def gradient(value: Any) -> jax.Array:
+        loss = partial(jaxloss.linear_cross_entropy, reduction=reduction)
+        return jax.grad(lambda x: jnp.sum(loss(x, weight, targets, **{option: value})))(inputs)
+
+    np.testing.assert_array_equal(gradient(1), gradient(1.0))

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -297,3 +298,24 @@ def test_log_softmax_to_an_integer_dtype():
         F.log_softmax(torch.tensor(MATRIX), dim=-1, dtype=torch.int32)
     with pytest.raises(TypeError, match=r"^log_softmax: dtype must be floating, got int32\.$"):
         jaxloss.log_softmax(MATRIX, dtype=np.int32)
+
+
+@pytest.mark.parametrize(
+    ("axis_name", "error", "message"),
+    [
+        ("model", ValueError, "no mesh axis 'model' here"),
+        (["model"], TypeError, r"must be a mesh axis or a tuple of them, got \['model'\]"),
+        (3, TypeError, "must be a mesh axis or a tuple of them, got 3"),
+    ],
+)
+@pytest.mark.parametrize("loss", ["cross_entropy", "linear_cross_entropy", "linear_log_prob"])
+def test_class_axis_name_that_is_none(loss, axis_name, error, message):
+    arrays = [np.ones((2, 3))] * (1 if loss == "cross_entropy" else 2)
+    with pytest.raises(error, match=f"{loss}: class_axis_name.*{message}"):
+        getattr(jaxloss, loss)(*arrays, np.zeros(2, int), class_axis_name=axis_name)
+
+
+def test_complex_options_are_refused_under_jit_too():
+    loss = jax.jit(lambda value: jaxloss.cross_entropy(jnp.ones((2, 3)), jnp.zeros(2, int), label_smoothing=value))
+    with pytest.raises(TypeError, match="label_smoothing must be a real scalar, got complex"):
+        loss(1j)
