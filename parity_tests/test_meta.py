@@ -3,10 +3,12 @@
 import ast
 import inspect
 import json
+import math
 import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -398,6 +400,23 @@ def test_readme_gpu_times_of_linear_cross_entropy_are_those_of_the_committed_res
     times = [row["milliseconds"] for row in timed if row["of"] == "value and gradients"]
     expected = [ratio(t, SLABS, peer) for t in times for peer in (WHOLE, EAGER, COMPILED)]
     assert re.findall(r"\d+\.\d+", readme_part("gpu-time")) == expected
+
+
+def test_readme_programs_are_those_of_the_committed_results():
+    every = [row for row in committed("compiled") if (row["loss"], row["of"]) == ("cross_entropy", BOTH)]
+
+    def arrays(name: str) -> Callable[[dict], str]:
+        return lambda row: f"{row['bytes'][name] / math.prod(row['shape']) / jnp.dtype(row['dtype']).itemsize:.1f}"
+
+    def cycles(row: dict) -> str:
+        return f"{row['cycles'][OURS] / row['cycles'][OPTAX]:.2f}"
+
+    columns = ("H100", arrays(OURS)), ("H100", arrays(OPTAX)), ("TPU v5e", cycles)
+    lines = readme_part("compiled").strip().splitlines()[2:]
+    for line, shape in zip(lines, SHAPES, strict=True):
+        same = [row for row in every if tuple(row["shape"]) == shape]
+        cells = ["{} ({})".format(*(tell(row) for row in same if row["device"] == device)) for device, tell in columns]
+        assert line == f"| {' x '.join(map(str, shape))} | {' | '.join(cells)} |"
 
 
 def test_readme_seconds_to_an_accuracy_are_those_of_the_committed_results():
