@@ -112,7 +112,8 @@ def fraction(name: str, argument: str, value: Any, upper: float) -> Any:
         real = jnp.issubdtype(value.dtype, np.number) and not jnp.issubdtype(value.dtype, np.complexfloating)
         if value.shape or not real:
             raise TypeError(f"{name}: {argument} must be a real scalar, got {value.dtype}{list(value.shape)}.")
-        return value
+        floating = jnp.issubdtype(value.dtype, np.floating)
+        return value if floating else value.astype(jnp.result_type(float))
     if isinstance(value, str | bool):
         raise TypeError(f"{name}: {argument} must be a number, got {value!r}.")
     try:

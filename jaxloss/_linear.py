@@ -206,8 +206,7 @@ def _total_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[Arr
 
     def along(names: tuple[str, ...]) -> Float[Array, ""]:
         pairs = ((getattr(gradients, name), getattr(darrays, name)) for name in names)
-        moving = ((g, d) for g, d in pairs if g is not None and d.dtype != jax.dtypes.float0)  # integers do not
-        return sum((jnp.sum(g * jnp.asarray(d, g.dtype)) for g, d in moving), jnp.zeros_like(total))
+        return sum((jnp.sum(g * jnp.asarray(d, g.dtype)) for g, d in pairs if g is not None), jnp.zeros_like(total))
 
     # Each shard of the classes knows its part of these gradients; those of the scalars are whole.
     parts = along(("inputs", "targets", "linear_weight", "linear_bias", "weight"))

@@ -118,7 +118,8 @@ def weigh_rows(
 
 def one_or_nan(bad: Bool[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
     """1, and NaN where `bad`: computed, since `jax.debug_nans` takes a literal NaN outside of jit for a fault."""
-    return jnp.sqrt(jnp.where(bad, -1, jnp.ones((), dtype)))
+    infinite = jnp.where(bad, jnp.inf, jnp.zeros((), dtype))
+    return 1 + (infinite - infinite)
 
 
 def _weight_at(
