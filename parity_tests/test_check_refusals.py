@@ -45,6 +45,60 @@ def test_constant_batch_that_arrives_is_no_fault_of_the_layout():
     assert not report.first_divergence.diagnosis
 
 
+class TorchAdapted(nn.Module):
+    """BERT's token types, LoRA's second factor of zeros, and a head, which may be zeros too."""
+
+    def __init__(self, *, zero_head: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.types = nn.Embedding(9, 6), nn.Embedding(2, 6)
+        self.down, self.up, self.head = nn.Linear(6, 2, bias=False), nn.Linear(2, 6, bias=False), nn.Linear(6, 3)
+        for weight in (self.up.weight, *(self.head.parameters() if zero_head else ())):
+            nn.init.zeros_(weight)
+
+    def forward(self, words: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+        x = self.words(words) + self.types(types)
+        return self.head(torch.tanh(x + self.up(self.down(x))))
+
+
+class Adapted(nnx.Module):
+    def __init__(self, factor: float = 1.0) -> None:
+        rngs, self.factor = nnx.Rngs(0), factor
+        self.words, self.types = nnx.Embed(9, 6, rngs=rngs), nnx.Embed(2, 6, rngs=rngs)
+        self.down, self.up = (nnx.Linear(*sizes, use_bias=False, rngs=rngs) for sizes in ((6, 2), (2, 6)))
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, words: jax.Array, types: jax.Array) -> jax.Array:
+        x = self.words(words) + self.types(types)
+        return self.head(jax.numpy.tanh(x + self.factor * self.up(self.down(x))))
+
+
+def check_adapted(factor: float = 1.0, *, zero_head: bool = False) -> parity.Report:
+    original = TorchAdapted(zero_head=zero_head)
+    port = parity.load_torch(Adapted(factor), original.state_dict())
+    batch = torch.arange(5), torch.zeros(5, dtype=torch.int64), torch.arange(5) % 3
+    return parity.check(original, port, batch, steps=1, dtypes=["float64"])
+
+
+def test_constants_equal_in_both_are_noted():
+    report = check_adapted()
+    assert report.ok, report
+    note = next(note for note in report.notes if note.startswith("Nothing can be told from"))
+    for tensor in ("input of types", "up: output", "down: gradient of weight"):
+        assert tensor in note
+    assert "head" not in note
+    assert check_adapted(2.0).first_divergence.quantity.startswith("gradient")
+
+
+def test_head_of_zeros_is_noted_with_every_gradient_that_it_hides():
+    report = check_adapted(zero_head=True)
+    assert report.ok, report
+    note = next(note for note in report.notes if note.startswith("Nothing can be told from"))
+    for tensor in ("head: output", "words: gradient of weight", "up: gradient of weight"):
+        assert tensor in note
+    assert "head: gradient of weight" not in note
+
+
 def test_complex_outputs_are_refused():
     class Original(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

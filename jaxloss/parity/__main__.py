@@ -196,7 +196,7 @@ class Diff:
                 console.print(f"FAIL {name}: only in {self.theirs if name in theirs else self.ours}", markup=False)
                 differ = True
                 continue
-            outcome = compare(ours[name], theirs[name], tolerance=self.tolerance, may_be_constant=True)
+            outcome = compare(ours[name], theirs[name], tolerance=self.tolerance)
             fault = classify(ours[name], theirs[name]) if not outcome.ok else None
             why = f" [{fault.kind}] {fault.seen}".rstrip() if fault else ""
             what = outcome.problem or f"{outcome.error:.2g} of its norm"

@@ -63,7 +63,7 @@ def assert_close(
             continue
         if x.dtype == np.float64 or not jnp.issubdtype(x.dtype, jnp.floating):
             exact = x.dtype != np.float64
-            outcome = compare(x, y, tolerance=0.0 if exact else tolerance, floor=floor, may_be_constant=True)
+            outcome = compare(x, y, tolerance=0.0 if exact else tolerance, floor=floor)
             if outcome.problem != NO_FINITE and not outcome.ok:
                 message = f"differs by {outcome.error:.2g} of its norm, {outcome.bound:.2g} is allowed"
                 raise AssertionError(_message(key, message, x, y))
@@ -101,7 +101,7 @@ def _pairs(ours: Any, theirs: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     if not any(_tells(array) for array in others.values()):
         raise AssertionError("There are no finite elements: nothing was compared.")
     for key, array in mine.items():
-        problem = structural_problem(array, others[key], may_be_constant=True)
+        problem = structural_problem(array, others[key])
         if problem not in ("", NO_ELEMENTS, NO_FINITE):
             raise AssertionError(f"{key or 'It'} has {problem}.")
     return {key: (mine[key], others[key]) for key in mine}

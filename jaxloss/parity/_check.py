@@ -11,7 +11,7 @@ import optax
 
 from jaxloss.parity._background import Errors
 from jaxloss.parity._batch import FlaxLoss
-from jaxloss.parity._compare import SMALL, SMALL_GRADIENT, Rounding, norm, relative
+from jaxloss.parity._compare import SMALL, SMALL_GRADIENT, Rounding, is_constant, norm, relative
 from jaxloss.parity._detail import Detail
 from jaxloss.parity._diagnosis import Ask, diagnose
 from jaxloss.parity._environment import environment
@@ -132,7 +132,7 @@ def _compare_weights(findings: Findings, subject: Subject, layer: str) -> None:
         if name == layer and not subject.copied:
             layout = subject.exact.port.weights[ours].layout
             expected, place = layout.to_flax(subject.exact.state[theirs]), subject.place_of(layer)
-            findings.add(place, kind, subject.value(ours), expected, layout, tolerance=0.0, may_be_constant=True)
+            findings.add(place, kind, subject.value(ours), expected, layout, tolerance=0.0)
 
 
 class Piece(NamedTuple):
@@ -198,6 +198,10 @@ def _compare_pieces(findings: Findings, subject: Subject, view: View, cut: CutRu
     names = [call.name for call in view.recording.calls]
     again = {subject.title(pair) for pair in subject.pairs if names.count(pair.theirs[0]) > 1}
     seen: set[str] = set()
+    untold: list[str] = []
+    several = [array for array in subject.source.inputs if array.size > 1]
+    if several and all(map(is_constant, several)):
+        findings.fail(subject.places[0], "input", "is one number everywhere: nothing can be told from it")
     titles = {subject.title(pair): pair.ours[0] for pair in subject.pairs}
     layers = dict.fromkeys(name.rpartition(".")[0] for name in subject.weight_pairs)
     for layer in [layer for layer in layers if layer not in titles.values()]:
@@ -207,14 +211,22 @@ def _compare_pieces(findings: Findings, subject: Subject, view: View, cut: CutRu
         if layer is not None and layer not in seen:
             seen.add(layer)
             _compare_weights(findings, subject, layer)
-        constant = piece.quantity.removeprefix("input of ") in again or piece.place in again
-        found = findings.add(*piece, may_be_constant=constant)
+        found = findings.add(*piece)
+        if found.ok and is_constant(piece.theirs) and again.isdisjoint((found.place, found.quantity.removeprefix("input of "))):
+            untold.append(f"{found.place}: {found.quantity}")
         findings.background.tell_forced(piece.place, "float64", Errors(found.error, found.bound))
     _compare_loss(findings, subject, view)
     recording = view.recording
     for piece in pieces[last + 1 :]:
         floor = recording.activation_floor if _of_activation(piece) else recording.gradient_floor
-        findings.add(*piece, floor=floor, may_be_zero=True, may_be_constant=True)
+        found = findings.add(*piece, floor=floor, may_be_zero=True)
+        if found.ok and not piece.theirs.any():
+            untold.append(f"{found.place}: {found.quantity}")
+    if untold:
+        findings.notes.append(
+            f"Nothing can be told from {'; '.join(untold)}: each is one number everywhere in both, or a gradient of 0. "
+            "Perturb the weights or give another batch."
+        )
     gradients = [finding for finding in findings.all if "gradient of" in finding.quantity]
     if gradients and all(finding.negligible for finding in gradients):
         findings.fail("whole network", "gradients", "are 0 everywhere in PyTorch: nothing can be told from them")
@@ -231,7 +243,7 @@ def _compare_loss(findings: Findings, subject: Subject, view: View) -> None:
     value, gradient = jax.value_and_grad(subject.batch.flax_objective)(outputs)
     findings.add("loss", "value", value, view.recording.loss, same(()))
     expected = subject.output_to_flax(view.recording.output_gradient)
-    findings.add("loss", "gradient", gradient, expected, subject.batch.layout, may_be_constant=True)
+    findings.add("loss", "gradient", gradient, expected, subject.batch.layout)
 
 
 def _compare_statistics(findings: Findings, subject: Subject, view: View, cut: CutRun) -> None:
@@ -242,7 +254,7 @@ def _compare_statistics(findings: Findings, subject: Subject, view: View, cut: C
             layer, _, kind = ours.rpartition(".")
             layout = view.port.weights[ours].layout
             expected, place = layout.to_flax(view.recording.buffers[theirs]), subject.place_of(layer)
-            findings.add(place, f"{kind} after a step", value, expected, layout, may_be_constant=True)
+            findings.add(place, f"{kind} after a step", value, expected, layout)
 
 
 def _compare_whole(findings: Findings, subject: Subject, view: View, free: FreeRun) -> None:
@@ -252,13 +264,13 @@ def _compare_whole(findings: Findings, subject: Subject, view: View, free: FreeR
     findings.add(place, "loss", free.loss, recording.loss, same(()))
     _tell_free(findings, subject, view, free)
     for piece in _parameter_gradients(subject, view, free, recording, None, place):
-        findings.add(*piece, floor=recording.gradient_floor, may_be_zero=True, may_be_constant=True)
+        findings.add(*piece, floor=recording.gradient_floor, may_be_zero=True)
     inputs = zip(free.input_gradients, recording.input_gradients, subject.batch.input_layouts(), strict=True)
     for ours, theirs, layout in inputs:
         if theirs is not None:
             what, floor = "gradient of the input", recording.activation_floor
             expected = layout.to_flax(theirs)
-            findings.add(place, what, ours, expected, layout, floor=floor, may_be_zero=True, may_be_constant=True)
+            findings.add(place, what, ours, expected, layout, floor=floor, may_be_zero=True)
 
 
 def _tell_free(findings: Findings, subject: Subject, view: View, free: FreeRun) -> None:

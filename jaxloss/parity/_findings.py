@@ -104,7 +104,6 @@ class Findings:
         *,
         tolerance: float = FLOAT64_TOLERANCE,
         floor: float = 0.0,
-        may_be_constant: bool = False,
         may_be_zero: bool = False,
     ) -> Finding:
         """Compares two float64 arrays, and if they agree, wrong versions of ours as well.
@@ -116,10 +115,9 @@ class Findings:
         if np.iscomplexobj(theirs):
             ours, theirs, layout = _parts(ours), _parts(theirs), None
         ours = np.asarray(ours)
-        may_be_constant |= may_be_zero and not theirs.any()
 
         def outcome(array: np.ndarray, expected: np.ndarray) -> Outcome:
-            return compare(array, expected, tolerance=tolerance, floor=floor, may_be_constant=may_be_constant)
+            return compare(array, expected, tolerance=tolerance, floor=floor)
 
         result = outcome(ours, theirs)
         negligible = may_be_zero and norm(theirs) <= 100 * floor

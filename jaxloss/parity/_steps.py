@@ -71,7 +71,6 @@ def compare_steps(findings: Findings, subject: Subject, optimizer: optax.Gradien
                         in_flax(array, layout),
                         tolerance=max(TOLERANCE, tolerance),
                         floor=floor if quantity else 0.0,
-                        may_be_constant=True,
                         may_be_zero=bool(quantity),
                     )
     _look_closer(findings.failures[failed:], view)
