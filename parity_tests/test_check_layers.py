@@ -48,6 +48,35 @@ def test_module_that_changes_its_input_is_compared_with_what_it_was_given():
     assert any("changes its input 0 in place" in note for note in report.notes)
 
 
+class TorchRecurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense_i, self.dense_h, self.fc = nn.Linear(4, 5), nn.Linear(5, 5, bias=False), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.zeros(len(x), 5, dtype=x.dtype)
+        for step in x.unbind(1):
+            h = torch.tanh(self.dense_i(step) + self.dense_h(h))
+        return self.fc(h)
+
+
+class Recurrent(nnx.Module):
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.rnn, self.fc = nnx.RNN(nnx.SimpleCell(4, 5, rngs=rngs), rngs=rngs), nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc(self.rnn(x)[:, -1])
+
+
+def test_recurrent_cell_computes_in_the_dtype_of_the_check():
+    original, names = TorchRecurrent(), {f"rnn.cell.dense_{x}.weight": f"dense_{x}.weight" for x in "ih"}
+    port = load_torch(Recurrent(), original.state_dict(), names=names)
+    report = parity.check(original, port, torch.randn(2, 3, 4), names=names, steps=1, dtypes=["float64"])
+    assert report.ok, report
+
+
 def test_norms_at_their_initial_values_pass(parity):
     original = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
     port = nnx.Sequential(

@@ -55,9 +55,10 @@ class Port:
         copied = nnx.clone(module)
         copied.train() if train else copied.eval()
         for node in _modules(copied):
-            computed = isinstance(getattr(type(node), "dtype", None), property)
-            if not computed and getattr(node, "dtype", None) is not None and jnp.dtype(node.dtype) in told:
-                node.dtype = dtype
+            for name in ("dtype", "param_dtype"):  # a recurrent cell's carry begins in param_dtype
+                computed, now = isinstance(getattr(type(node), name, None), property), getattr(node, name, None)
+                if not computed and now is not None and jnp.dtype(now) in told:
+                    setattr(node, name, dtype)
             node.__class__ = _hooked(type(node))
         self.dtype, self._copied, self._preferred = dtype, copied, preferred
         self._graph, self._state = nnx.split(copied)
