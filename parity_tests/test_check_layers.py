@@ -48,6 +48,27 @@ def test_module_that_changes_its_input_is_compared_with_what_it_was_given():
     assert any("changes its input 0 in place" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(
+    ("original", "port", "says"),
+    [
+        (nn.GELU("tanh"), lambda x: jax.nn.gelu(x, approximate=False), ("applies gelu where", "approximate=True")),
+        (nn.ELU(2.0), jax.nn.elu, ("elu has alpha=1, PyTorch's alpha=2.", "pass alpha=2 to jax.nn.elu")),
+        (nn.LeakyReLU(), lambda x: jax.nn.leaky_relu(x, 0.2), ("=0.2, PyTorch's negative_slope=0.01", "=0.01 to")),
+        (nn.Softplus(2.0), jax.nn.softplus, ("beta=1, PyTorch's beta=2", "jax.nn.softplus(2 * x) / 2")),
+        (nn.ELU(2.0), lambda x: jax.nn.elu(x, 0.3), ("", "")),
+    ],
+)
+def test_activation_with_another_parameter_is_named_with_both_values(original, port, says):
+    class Port(nnx.Module):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return port(x)
+
+    first = parity.check(original, Port(), torch.randn(5, 4), steps=0, dtypes=["float64"]).first_divergence
+    assert says[0] in first.diagnosis
+    assert says[1] in first.fix
+    assert says[0] or "where PyTorch" not in first.diagnosis
+
+
 class TorchRecurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
