@@ -27,6 +27,11 @@ class Original:
         self, module: nn.Module, dtype: torch.dtype, *, train: bool, optimizer: torch.optim.Optimizer | None = None
     ) -> None:
         """Copies the module, and with it an optimizer of its parameters, whose state starts fresh."""
+        if computed := ", ".join(_computed(module)):
+            raise ValueError(
+                f"parity: the PyTorch module computes {computed} from other tensors, and cannot be copied. If it is "
+                "weight_norm, call torch.nn.utils.remove_weight_norm, or use torch.nn.utils.parametrizations."
+            )
         copied, self.optimizer = copy.deepcopy((module, optimizer))
         self.dtype = dtype
         self.module = copied._apply(self._convert).train(train)  # nn.Module.to would make complex tensors real
@@ -167,6 +172,13 @@ def _is_layer(module: nn.Module) -> bool:
 
     children = [child for child in module.modules() if child is not module]
     return owns(module) and not any(map(owns, children))
+
+
+def _computed(module: nn.Module) -> Iterator[str]:
+    """Attributes that the old weight_norm and its like set: deepcopy refuses them."""
+    for name, layer in module.named_modules():
+        computed = (key for key, value in vars(layer).items() if isinstance(value, Tensor) and not value.is_leaf)
+        yield from (f"{name}.{key}".removeprefix(".") for key in computed)
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
