@@ -169,6 +169,35 @@ def test_pairs_can_be_given():
         parity.check(original, Port(nnx.Rngs(0)), batch, names={"c.weight": "one.weight"})
 
 
+def weight_normed(norm: Callable[[nn.Module], nn.Module]) -> nn.Sequential:
+    return nn.Sequential(norm(nn.Linear(4, 8)), nn.Linear(8, 3))
+
+
+class WeightNormed(nnx.Linear):
+    """Linear, its kernel as length and direction."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs) -> None:
+        super().__init__(inputs, outputs, rngs=rngs)
+        del self.kernel
+        self.g, self.v = nnx.Param(jnp.ones((outputs, 1))), nnx.Param(jnp.ones((outputs, inputs)))
+
+
+def test_names_of_a_parametrised_layers_weights_leave_its_bias_with_it():
+    state = weight_normed(nn.utils.parametrizations.weight_norm).state_dict()
+    names = {"0.g": "0.parametrizations.weight.original0", "0.v": "0.parametrizations.weight.original1"}
+    rngs = nnx.Rngs(0)
+    port = nnx.Sequential(WeightNormed(4, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs))
+    found = parity.weight_map(port, state, names=names)
+    assert found == names | {name: name for name in ("0.bias", "1.weight", "1.bias")}
+
+
+def test_module_that_cannot_be_copied_says_which_weight_is_computed_and_the_remedy():
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        original = weight_normed(nn.utils.weight_norm)
+    with pytest.raises(ValueError, match=r"computes 0\.weight from other .* torch\.nn\.utils\.remove_weight_norm"):
+        parity.check(original, small()[1], torch.randn(5, 4))
+
+
 class Scale(nnx.Module):
     """Multiplies by a weight, which may be of any kind of variable."""
 

@@ -42,7 +42,9 @@ def pair_weights(
     known = dict(given or {})
     our_layers = _by_layer({name: shape for name, shape in ours.items() if name not in known}, our_order)
     their_layers = _by_layer({name: shape for name, shape in theirs.items() if name not in known.values()}, their_order)
-    pairs = {mine: other for mine, other in _layers_given(known).items() if mine in our_layers}
+    pairs = {
+        mine: other for mine, other in _layers_given(known).items() if mine in our_layers and other in their_layers
+    }
     pairs |= {
         layer: layer
         for layer in _namesakes(our_layers, their_layers)
