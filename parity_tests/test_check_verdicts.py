@@ -8,9 +8,11 @@ import torch
 from flax import nnx
 from torch import nn
 
+import jaxloss
 from jaxloss import parity
 from jaxloss.parity._compare import Rounding
 from jaxloss.parity._findings import Finding
+from parity_tests.small import check_small
 from parity_tests.without_torch import BatchNorm
 
 
@@ -74,6 +76,20 @@ def test_rounding_of_layers_is_judged_beside_torchs(factor, passes):
     assert (rounding.ours <= rounding.bound) is passes
     pooled = Rounding.pooled([rounding] * 3)
     assert (pooled.ours <= pooled.bound) is passes
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "says"),
+    [
+        (lambda loss, x: 1.3 * loss, "scale", "its gradient is PyTorch's times 1.3"),
+        (lambda loss, x: loss + 0.01 * (x**2).sum(), "semantic", ""),
+    ],
+)
+def test_loss_is_another_scale_only_if_its_gradient_is(wrong, kind, says):
+    losses = nn.functional.cross_entropy, lambda x, y: wrong(jaxloss.cross_entropy(x, y), x)
+    first = check_small((torch.randn(5, 4), torch.arange(5) % 3), losses=losses).first_divergence
+    assert (first.place, first.quantity) == ("loss", "value")
+    assert (first.kind, first.diagnosis) == (kind, says)
 
 
 def test_report_without_findings_or_with_a_fault_not_caught_is_not_ok():

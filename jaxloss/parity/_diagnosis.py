@@ -23,6 +23,10 @@ def diagnose(subject: Subject, failures: Sequence[Failure], steps: Trajectory | 
     for failure in failures:
         fault = classify(failure.ours, failure.theirs, linear_image=_is_sketch(subject, failure))
         failure.finding.kind, failure.finding.diagnosis = fault.kind, fault.seen
+    of_loss = {failure.finding.quantity: failure.finding for failure in failures if failure.finding.place == "loss"}
+    if of_loss.keys() == {"value", "gradient"} and of_loss["gradient"].kind == "scale":
+        of_loss["value"].kind = "scale"
+        of_loss["value"].diagnosis = of_loss["gradient"].diagnosis.replace("it is", "its gradient is")
     first = failures[0] if failures else None
     if first and (first.finding.diagnosis == FLOAT32_INSIDE or not matches(first.ours, first.theirs)):
         try:

@@ -65,7 +65,8 @@ def _scale(x: np.ndarray, y: np.ndarray) -> Fault | None:
         return Fault("scale", "it is 0 everywhere")
     length = norm(y)
     factor = float(np.vdot(y / length, x / length))
-    return Fault("scale", f"it is PyTorch's times {factor:.6g}") if matches(x, np.asarray(factor * y)) else None
+    multiple = x.size > 1 and matches(x, np.asarray(factor * y))  # any number is one of any other
+    return Fault("scale", f"it is PyTorch's times {factor:.6g}") if multiple else None
 
 
 def _precision(x: np.ndarray, y: np.ndarray) -> Fault | None:
