@@ -10,7 +10,7 @@ from torch import nn
 
 import jaxloss
 from jaxloss import parity
-from jaxloss.parity._compare import Rounding
+from jaxloss.parity._compare import Rounding, compare
 from jaxloss.parity._findings import Finding
 from parity_tests.small import check_small
 from parity_tests.without_torch import BatchNorm
@@ -90,6 +90,14 @@ def test_loss_is_another_scale_only_if_its_gradient_is(wrong, kind, says):
     first = check_small((torch.randn(5, 4), torch.arange(5) % 3), losses=losses).first_divergence
     assert (first.place, first.quantity) == ("loss", "value")
     assert (first.kind, first.diagnosis) == (kind, says)
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (0.5, False), (-1.0, False)])
+def test_arrays_whose_norm_no_float64_holds_are_compared(factor, passes):
+    theirs = np.full(100, 1e308)
+    ours = theirs * np.where(np.arange(100) == 3, factor, 1.0)
+    with np.errstate(over="ignore"):
+        assert compare(ours, theirs, tolerance=1e-12).ok is passes
 
 
 def test_report_without_findings_or_with_a_fault_not_caught_is_not_ok():
