@@ -69,6 +69,47 @@ def test_activation_with_another_parameter_is_named_with_both_values(original, p
     assert says[0] or "where PyTorch" not in first.diagnosis
 
 
+def _fill(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return x.masked_fill(~mask, -torch.inf).softmax(-1)
+
+
+def _choose(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.where(mask, x, -torch.inf).softmax(-1)
+
+
+def _choose_method(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return x.where(mask, -1e9).softmax(-1)
+
+
+def _lower(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return x.tril()
+
+
+def _attend(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+@pytest.mark.parametrize("function", [_fill, _choose, _choose_method, _lower, _attend])
+def test_inverted_mask_is_named(function):
+    mask = torch.arange(4) < 3 if function is _attend else torch.ones(4, 4, dtype=torch.bool).tril()
+
+    class Original(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x, mask)
+
+    class Port(nnx.Module):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            if function is _lower:
+                return jnp.triu(x, 1)
+            scores = x @ x.swapaxes(1, 2) / 2 if function is _attend else x
+            hidden = -1e9 if function is _choose_method else -jnp.inf
+            weights = jax.nn.softmax(jnp.where(~mask.numpy(), scores, hidden))
+            return weights @ x if function is _attend else weights
+
+    report = parity.check(Original(), Port(), torch.randn(2, 4, 4), losses=None, steps=0, dtypes=["float64"])
+    assert "is the inverse of PyTorch's" in report.first_divergence.diagnosis
+
+
 class TorchRecurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()

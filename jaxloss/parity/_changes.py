@@ -306,7 +306,20 @@ def _spread(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict
 
 
 def _masked(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
-    yield Change("the port leaves out a mask", "mask as PyTorch does", lambda: args[0].clone())
+    masked = next((arg for arg in args if isinstance(arg, Tensor) and arg.dtype is not torch.bool), args[0])
+
+    def inverted() -> Tensor:
+        if function.__name__.strip("_") in ("tril", "triu"):
+            kept = function(torch.ones_like(args[0], dtype=torch.bool), *args[1:], **kwargs)
+            return args[0].masked_fill(kept, 0)
+        return function(*map(_inverted, args), **{name: _inverted(value) for name, value in kwargs.items()})
+
+    yield Change("the port leaves out a mask", "mask as PyTorch does", lambda: masked.clone())
+    yield Change("the port's mask is the inverse of PyTorch's", "invert the mask", inverted)
+
+
+def _inverted(value: Any) -> Any:
+    return ~value if isinstance(value, Tensor) and value.dtype is torch.bool else value
 
 
 def _attention(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
@@ -321,6 +334,8 @@ def _attention(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: d
     )
     yield Change("the port does not divide the scores by sqrt(d)", "divide the scores by sqrt(d)", again(scale=1.0))
     yield Change("the port leaves out the attention mask", "pass the mask", again(attn_mask=None))
+    meaning = "the port's attention mask is the inverse of PyTorch's"
+    yield Change(meaning, "invert the mask", again(attn_mask=_inverted(kwargs.get("attn_mask"))))
 
 
 def _dropout(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:

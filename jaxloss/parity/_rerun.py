@@ -84,7 +84,12 @@ def _changed(
 
 
 def _equals(result: np.ndarray, layout: Layout, ours: np.ndarray) -> bool:
-    return result.shape == layout.merged and matches(ours, layout.to_flax(result))
+    """Whether they are, also in where they are not finite: a softmax over nothing is NaN."""
+    if result.shape != layout.merged:
+        return False
+    theirs = layout.to_flax(result)
+    finite = np.isfinite(ours)
+    return bool(finite.any()) and np.array_equal(finite, np.isfinite(theirs)) and matches(ours[finite], theirs[finite])
 
 
 def _inserted(theirs: np.ndarray, layout: Layout, ours: np.ndarray) -> Iterator[Explanation]:
