@@ -69,6 +69,44 @@ def test_activation_with_another_parameter_is_named_with_both_values(original, p
     assert says[0] or "where PyTorch" not in first.diagnosis
 
 
+class Embedded(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.embed, self.fc = nnx.Embed(5, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc(self.embed(x))
+
+
+class Unpadded(Embedded):
+    """As the fix says."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        table = self.embed.embedding[...]
+        return self.fc(table.at[2].set(jax.lax.stop_gradient(table[2]))[x])
+
+
+class TorchEmbedded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc = nn.Embedding(5, 4, padding_idx=2), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.embed(x))
+
+
+@pytest.mark.parametrize("port", [Embedded, Unpadded])
+def test_padding_idx_is_named_and_its_fix_passes(port):
+    torch.manual_seed(0)
+    original = TorchEmbedded()
+    nn.init.normal_(original.embed.weight)
+    ours, batch = load_torch(port(nnx.Rngs(0)), original.state_dict()), torch.arange(10) % 5
+    report = parity.check(original, ours, batch, steps=1, dtypes=["float64"])
+    assert report.ok is (port is Unpadded), report
+    if port is Embedded:
+        assert "padding_idx=2 keeps row 2 from training" in report.first_divergence.diagnosis
+        assert "table.at[2]" in report.first_divergence.fix
+
+
 def _fill(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(~mask, -torch.inf).softmax(-1)
 

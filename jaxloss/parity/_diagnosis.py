@@ -82,6 +82,8 @@ def _explanations(
         yield from ask(subject, failures)
     if finding.diagnosis == FLOAT32_INSIDE:
         yield _float32_inside(subject)
+    if finding.quantity == "gradient of weight":
+        yield from _of_padding(subject, failure)
     if "gradient" in finding.quantity and not np.any(failure.ours):
         yield Explanation("no gradient flows back", "remove stop_gradient, or the cast to integers, from the port")
     elif "gradient" in finding.quantity:
@@ -133,6 +135,18 @@ def _of_weight(subject: Subject, failure: Failure) -> Iterator[Explanation]:
         )
     if finding.kind in ("layout", "scale") and finding.diagnosis:
         yield Explanation(f"the weight is another than PyTorch's: {finding.diagnosis}", fix)
+
+
+def _of_padding(subject: Subject, failure: Failure) -> Iterator[Explanation]:
+    """The row of an embedding that PyTorch does not train."""
+    layer = {subject.title(pair): pair.theirs[0] for pair in subject.pairs}.get(failure.finding.place)
+    row = None if layer is None else subject.source.modules[layer].attributes.get("padding_idx")
+    if isinstance(row, int):
+        ours = failure.ours.copy()
+        ours[row] = 0
+        if matches(ours, failure.theirs):
+            fix = f"look up in table.at[{row}].set(jax.lax.stop_gradient(table[{row}]))"
+            yield Explanation(f"PyTorch's padding_idx={row} keeps row {row} from training, the port trains it", fix)
 
 
 class Edge(NamedTuple):
