@@ -1,5 +1,6 @@
 """A batch, a module or an option that nothing can be told from is refused, or said so."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from torch import nn
 
 from jaxloss import parity
+from jaxloss.parity._live import Live
 from parity_tests.small import check_small, small
 
 
@@ -165,6 +167,18 @@ def test_namesakes_of_other_shapes_are_named():
     assert "has shape (6, 4), PyTorch's (8, 4)" in [finding.problem for finding in report.failures()]
     with pytest.raises(ValueError, match="layouts names nowhere"):
         parity.check(*small(), torch.randn(5, 4), layouts={"nowhere": (1, 2, 2)})
+
+
+def test_arguments_in_another_order_are_refused():
+    options = {"loss": None, "optimizer": None, "steps": 0, "train": False, "seed": 0, "dtypes": ()}
+    with pytest.raises(TypeError, match=r"the original is a Linear, expected a torch\.nn\.Module, which comes first"):
+        inspect.unwrap(Live.__init__)(None, small()[1], torch.ones(5, 4), **options)  # without pytest's checks of types
+
+
+@pytest.mark.parametrize("batch", [{"x": torch.ones(5, 4)}, ({"x": torch.ones(5, 4)}, torch.ones(5))])
+def test_batch_of_dicts_is_refused(batch):
+    with pytest.raises(TypeError, match="the batch has a dict: give a tuple of the arrays"):
+        check_small(batch)
 
 
 @pytest.mark.parametrize("dtypes", ["float32", ["float99"]])

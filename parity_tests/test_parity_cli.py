@@ -169,6 +169,9 @@ def test_diff_compares_by_name(folder, monkeypatch, capsys):
     assert "FAIL targets: only in batch.npz" in out
     assert "FAIL inputs:" in out
     assert run(monkeypatch, "diff", "empty.npz", "batch.npz") == 2
+    np.save("one.npy", np.ones(3))
+    assert run(monkeypatch, "diff", "one.npy", "batch.npz") == 2
+    assert "one.npy holds one array, expected an .npz file" in capsys.readouterr().err
 
 
 def test_diff_compares_complex_arrays_as_two_parts(folder, monkeypatch, capsys):

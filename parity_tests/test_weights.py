@@ -1,5 +1,6 @@
 """Weights between PyTorch and Flax: names, layouts, bits, files and faults."""
 
+import inspect
 import os
 import pickle
 import subprocess
@@ -15,10 +16,11 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from flax import nnx
+from flax import linen, nnx
 from torch import nn
 
 from jaxloss.parity import load_torch, to_torch, weight_map
+from jaxloss.parity._state_dict import read_state_dict
 from parity_tests.gates import assert_float64_close
 from train import models, originals
 
@@ -430,6 +432,24 @@ def test_order_that_flax_has_sorted_is_not_guessed(capsys):
         assert same_bits(load_torch(module, state, names=right).hid.bias[...], state["1.bias"].numpy())
 
 
+def test_tied_weight_that_the_module_has_once_is_named_with_its_twin():
+    table = np.arange(6, dtype=np.float32).reshape(3, 2)
+    with pytest.raises(ValueError, match=r"head\.weight equals weight: if PyTorch ties them, pass ignore=\['head\."):
+        load_torch(nnx.Embed(3, 2, rngs=RNGS), {"weight": table, "head.weight": table})
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "says"),
+    [
+        (load_torch, ((linen.Dense(2), {}), {}), "the module is a tuple, expected an nnx.Module"),
+        (read_state_dict, (nn.Identity(),), r"is a Identity, expected a dict or a path: module\.state_dict\(\)"),
+    ],
+)
+def test_what_is_no_module_or_no_state_dict_is_refused(function, given, says):
+    with pytest.raises(TypeError, match=says):
+        inspect.unwrap(function)(*given)  # without pytest's own checks of types
+
+
 def test_names_that_would_lose_a_weight_are_refused():
     port = Sorted()
     with pytest.raises(ValueError, match=r"hid\.weight would be two weights"):
@@ -625,7 +645,7 @@ def test_weights_travel_without_torch(tmp_path):
     code = f"""if True:
         import sys
         sys.modules["torch"] = None  # an import of it fails
-        from flax import nnx
+        from flax import linen, nnx
         from safetensors.numpy import save_file
         from jaxloss.parity import load_torch, to_torch, weight_map
         path = {str(tmp_path / "model.safetensors")!r}

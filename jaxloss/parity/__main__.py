@@ -272,9 +272,10 @@ def _import(module: str) -> Any:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
-        if isinstance(arrays, np.ndarray):
-            raise ValueError(f"{path} holds one array, expected an .npz file.")
+    arrays = np.load(path, allow_pickle=False)
+    if isinstance(arrays, np.ndarray):
+        raise ValueError(f"{path} holds one array, expected an .npz file.")
+    with arrays:
         return dict(arrays)
 
 

@@ -1,6 +1,6 @@
 """The batch as the port takes it: inputs in its layout, targets, and the scalar that is differentiated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -66,4 +66,6 @@ class Batch:
 
 def parts(batch: Any) -> list[Any]:
     """The arrays of a batch."""
+    if isinstance(batch, Mapping) or (isinstance(batch, tuple | list) and any(isinstance(b, Mapping) for b in batch)):
+        raise TypeError("parity: the batch has a dict: give a tuple of the arrays, in the order of the arguments.")
     return list(batch) if isinstance(batch, tuple | list) else [batch]

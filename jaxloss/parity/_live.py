@@ -42,6 +42,10 @@ class Live:
         """Runs nothing yet."""
         if isinstance(dtypes, str) or not set(dtypes) <= DTYPES:
             raise ValueError(f"parity: dtypes must be a sequence of {', '.join(sorted(DTYPES))}, got {dtypes!r}.")
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"parity: the original is a {type(module).__name__}, expected a torch.nn.Module, which comes first."
+            )
         if complex_ := [name for name, t in module.named_parameters() if t.is_complex() and t.requires_grad]:
             raise TypeError(
                 f"parity: {', '.join(complex_)} is complex in PyTorch: train the real and imaginary parts, with "

@@ -32,6 +32,8 @@ def read_state_dict(
     source: Mapping[str, Any] | str | os.PathLike[str], ignore: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
     """The arrays of a dict or a file by name, without those to ignore, and where possible without copying."""
+    if not isinstance(source, Mapping | str | os.PathLike):
+        raise TypeError(f"The state_dict is a {type(source).__name__}, expected a dict or a path: module.state_dict().")
     entries = source if isinstance(source, Mapping) else _read_file(Path(source))
     if not isinstance(entries, Mapping):
         raise TypeError(f"{source} holds a {type(entries).__name__}, expected a dict of arrays by name.")

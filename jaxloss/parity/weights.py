@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxloss.parity._compare import is_constant
 from jaxloss.parity._layout import Layout, Shape, permuted, same
 from jaxloss.parity._pairs import guesses, pair_weights
 from jaxloss.parity._state_dict import read_state_dict
@@ -78,6 +79,11 @@ def load_torch(
     References:
         https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html#torch.nn.Module.load_state_dict
     """
+    if not isinstance(module, nnx.Module):
+        raise TypeError(
+            f"load_torch: the module is a {type(module).__name__}, expected an nnx.Module. (A Linen module's weights "
+            "are variables of its own: check copies PyTorch's for the comparison.)"
+        )
     arrays = read_state_dict(state_dict, ignore)
     weights = weights_of(module, flatten, arrays)
     pairs = _pairs(weights, arrays, names)
@@ -362,6 +368,10 @@ def _pairs(weights: Weights, arrays: Mapping[str, np.ndarray], names: Names | No
     return pair_weights(ours, {name: array.shape for name, array in arrays.items()}, given=names)
 
 
+def _is_tied(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and not is_constant(a) and np.array_equal(a, b)
+
+
 def _check_fit(module: str, weights: Weights, arrays: Mapping[str, np.ndarray], pairs: Names) -> None:
     """Raises one error that lists everything wrong."""
     shapes, dtypes, tied = [], [], []
@@ -383,5 +393,8 @@ def _check_fit(module: str, weights: Weights, arrays: Mapping[str, np.ndarray], 
         "one variable in the module but different in the state_dict": tied,
     }
     lines = [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]
+    for name in faults["unexpected"]:
+        if twin := next((theirs for theirs in pairs.values() if _is_tied(arrays[name], arrays[theirs])), None):
+            lines.append(f"{name} equals {twin}: if PyTorch ties them, pass ignore=[{name!r}]")
     if lines:
         raise ValueError("\n  ".join([f"The state_dict does not fit {module}.", *lines]))
