@@ -24,6 +24,22 @@ class BatchNorm(nnx.BatchNorm):
         return y
 
 
+class SelfAttention(nnx.Module):
+    """`torch.nn.MultiheadAttention` of one sequence: query, key and value are one product, as there."""
+
+    def __init__(self, features: int, heads: int, *, rngs: nnx.Rngs) -> None:
+        self.heads = heads
+        self.in_proj_weight = nnx.Param(jnp.zeros((3 * features, features)))
+        self.in_proj_bias = nnx.Param(jnp.zeros(3 * features))
+        self.out_proj = nnx.Linear(features, features, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        fused = x @ self.in_proj_weight[...].T + self.in_proj_bias[...]
+        query, key, value = (part.reshape(*x.shape[:-1], self.heads, -1) for part in jnp.split(fused, 3, -1))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+        return self.out_proj(jnp.einsum("bhqk,bkhd->bqhd", nnx.softmax(scores), value).reshape(x.shape))
+
+
 class FlaxImages(nnx.Module):
     """`test_golden.TorchImages`, ported; the faulty one keeps Flax's variance."""
 

@@ -17,6 +17,7 @@ from jaxloss.parity._diagnosis import Ask, diagnose
 from jaxloss.parity._environment import environment
 from jaxloss.parity._findings import FLOAT64_TOLERANCE, Findings
 from jaxloss.parity._layout import Layout, same
+from jaxloss.parity._pairs import held_together
 from jaxloss.parity._programs import CutRun, FreeRun
 from jaxloss.parity._recording import Recording, Source
 from jaxloss.parity._report import Report
@@ -106,7 +107,9 @@ def _unmatched(findings: Findings, subject: Subject) -> None:
         names = ", ".join(subject.uncompared)
         findings.notes.append(f"No call of PyTorch's fits {names}: compared only within the edges around.")
     problems = [(name, subject.lacks_counterpart(name)) for name in subject.unmatched_ours]
-    problems += [(name, "has no counterpart in the port") for name in subject.unmatched_theirs]
+    for name in subject.unmatched_theirs:
+        together = held_together(name)
+        problems.append((name, "has no counterpart in the port" + (together and f". {together}")))
     problems += subject.mismatched
     aliased = "shares PyTorch's memory: an in-place optimizer changes it; copy with load_torch or jnp.array"
     problems += [(name, aliased) for name in subject.aliased()]
@@ -212,7 +215,11 @@ def _compare_pieces(findings: Findings, subject: Subject, view: View, cut: CutRu
             seen.add(layer)
             _compare_weights(findings, subject, layer)
         found = findings.add(*piece)
-        if found.ok and is_constant(piece.theirs) and again.isdisjoint((found.place, found.quantity.removeprefix("input of "))):
+        if (
+            found.ok
+            and is_constant(piece.theirs)
+            and again.isdisjoint((found.place, found.quantity.removeprefix("input of ")))
+        ):
             untold.append(f"{found.place}: {found.quantity}")
         findings.background.tell_forced(piece.place, "float64", Errors(found.error, found.bound))
     _compare_loss(findings, subject, view)

@@ -141,6 +141,22 @@ def _weight_shape(kinds: Mapping[str, Shape]) -> object:
     return kinds.get("weight")
 
 
+def held_together(name: str) -> str:
+    """What is to be said of a weight of PyTorch's that holds several of Flax's; nothing of others."""
+    kind = name.rpartition(".")[2]
+    what = next((what for start, what in _TOGETHER.items() if kind.startswith(start)), "")
+    return what and (
+        f"PyTorch's {kind} holds {what} together, Flax's own modules keep them apart: give the port an nnx.Param of "
+        "this name and shape, and split what it gives (docs/porting/pitfalls)"
+    )
+
+
+_TOGETHER = {
+    "in_proj_": "query, key and value",
+    **dict.fromkeys(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), "the gates"),
+}
+
+
 def _join(layer: str, kind: str) -> str:
     return f"{layer}.{kind}" if layer else kind
 
