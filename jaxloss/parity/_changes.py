@@ -57,21 +57,21 @@ def _softmaxes(axis: int) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def _activation(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
-    name = function.__name__
+    name, x = function.__name__, args[0]
     approximate = kwargs.get("approximate") == "tanh"
     own = f"{name} with approximate=True" if approximate else name
     for other, instead in _ACTIVATIONS.items():
         if other != own:
             of_gelu = name == other[:4] == "gelu"
             fix = f"pass approximate={approximate} to jax.nn.gelu" if of_gelu else f"use {own}"
-            yield Change(f"the port applies {other} where PyTorch applies {own}", fix, lambda f=instead: f(args[0]))
+            yield Change(f"the port applies {other} where PyTorch applies {own}", fix, lambda f=instead: f(x))
     if name in _PARAMETERS:
         parameter, values, fix = _PARAMETERS[name]
         own_value = kwargs.get(parameter, args[1] if len(args) > 1 else values[0])
         for value in (value for value in values if value != own_value):
             meaning = f"the port's {name} has {parameter}={value:g}, PyTorch's {parameter}={own_value:g}"
-            yield Change(meaning, fix.format(own_value), lambda value=value: function(args[0], value))
-    yield Change(f"the port leaves out {name}", f"apply {name}", lambda: args[0])
+            yield Change(meaning, fix.format(own_value), lambda value=value: function(x, value))
+    yield Change(f"the port leaves out {name}", f"apply {name}", lambda: x)
 
 
 # By activation: its parameter, what ports give it, PyTorch's default first, and the fix.
