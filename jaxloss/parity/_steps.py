@@ -51,7 +51,7 @@ def compare_steps(findings: Findings, subject: Subject, optimizer: optax.Gradien
     failed = len(findings.failures)
     if moving:
         findings.background.steps["float64"] = [
-            _step_distance(step, ours[""], exact[""], noise[step][""], moving)
+            _step_distance(ours[""], exact[""], noise[step][""], moving)
             for step, (ours, exact) in enumerate(zip(mine, expected.sketches, strict=True))
         ]
     for step, found in enumerate(mine):
@@ -63,7 +63,7 @@ def compare_steps(findings: Findings, subject: Subject, optimizer: optax.Gradien
                 name, layout = moving[theirs], view.port.weights[moving[theirs]].layout
                 if name in counterparts:
                     far = relative(counterparts[name], array) > TOLERANCE
-                    tolerance = NOISE * noise[step][quantity][theirs] if far and step else 0.0
+                    tolerance = NOISE * noise[step][quantity][theirs] if far else 0.0
                     findings.add(
                         f"step {step + 1}",
                         f"{quantity} of {name}" if quantity else name,
@@ -94,15 +94,14 @@ def kept_of(quantity: str, weights: Container[str]) -> tuple[str, str]:
 
 
 def _step_distance(
-    step: int,
     ours: Mapping[str, np.ndarray],
     exact: Mapping[str, np.ndarray],
     noise: Mapping[str, float],
     names: Mapping[str, str],
 ) -> StepDistance:
-    """Of all parameters together, with what is allowed: the first step starts from equal weights, and has no noise."""
+    """Of all parameters together, with what is allowed."""
     own = _together(noise, exact, names)
-    return StepDistance(_distance(ours, exact, names), own, max(TOLERANCE, NOISE * own if step else 0.0))
+    return StepDistance(_distance(ours, exact, names), own, max(TOLERANCE, NOISE * own))
 
 
 def _distance(ours: Mapping[str, np.ndarray], exact: Mapping[str, np.ndarray], names: Mapping[str, str]) -> float:
