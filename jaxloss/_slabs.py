@@ -146,20 +146,17 @@ def soft_cap(logits: Float[Array, "..."], cap: Float[Array, ""] | float | None) 
     if cap is None:
         return logits
     cap = jnp.asarray(cap, logits.dtype)
-    return _unless_left_out(lambda z: cap * jnp.tanh(z / cap), logits)
+    left_out = logits == -jnp.inf  # which no derivative may multiply by 0
+    return jnp.where(left_out, logits, cap * jnp.tanh(jnp.where(left_out, 0, logits) / cap))
 
 
 def temper(logits: Float[Array, "..."], temperature: Float[Array, ""] | float | None) -> Float[Array, "..."]:
     """The logits z as z / T, or as they are."""
     if temperature is None:
         return logits
-    return _unless_left_out(lambda z: z / jnp.asarray(temperature, z.dtype), logits)
-
-
-def _unless_left_out(function: Callable[[Array], Array], logits: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`function` of the logits but -inf, which no derivative may multiply by 0."""
+    temperature = jnp.asarray(temperature, logits.dtype)
     left_out = logits == -jnp.inf
-    return jnp.where(left_out, logits, function(jnp.where(left_out, 0, logits)))
+    return jnp.where(left_out, logits / lax.stop_gradient(temperature), jnp.where(left_out, 0, logits) / temperature)
 
 
 Step = Callable[[Any, Arrays, Bool[Array, " tokens"]], tuple[Any, Any]]

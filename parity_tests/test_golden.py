@@ -387,6 +387,7 @@ def test_what_is_no_golden_file_is_refused(refused, content):
 
 PAIR = """
 import torch
+from flax import nnx
 from jaxloss.parity import load_torch
 
 original = torch.nn.Linear(4, 3)

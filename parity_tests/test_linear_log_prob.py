@@ -49,10 +49,12 @@ def categorical(arrays: dict[str, np.ndarray], dtype: str, ignore_index: int = -
     if "linear_bias" in tensors:
         logits = logits + tensors["linear_bias"].reshape(classes, -1).T
     removed = logits == -torch.inf  # no cap brings them back, and no derivative multiplies them by 0
-    logits = logits.masked_fill(removed, 0)
+    capped = logits.masked_fill(removed, 0)
     if "logit_softcap" in tensors:
-        logits = tensors["logit_softcap"] * torch.tanh(logits / tensors["logit_softcap"])
-    logits = (logits / tensors.get("temperature", 1)).masked_fill(removed, -torch.inf).reshape(*targets.shape, classes)
+        capped = tensors["logit_softcap"] * torch.tanh(capped / tensors["logit_softcap"])
+    temperature = tensors.get("temperature", torch.ones(()))
+    logits = torch.where(removed, logits / temperature.detach(), capped / temperature)
+    logits = logits.reshape(*targets.shape, classes)
     policy = torch.distributions.Categorical(logits=logits, validate_args=False)
     kept = targets != ignore_index
     log_prob = policy.log_prob(torch.where(kept, targets, 0))
