@@ -645,7 +645,7 @@ def test_weights_travel_without_torch(tmp_path):
     code = f"""if True:
         import sys
         sys.modules["torch"] = None  # an import of it fails
-        from flax import linen, nnx
+        from flax import nnx
         from safetensors.numpy import save_file
         from jaxloss.parity import load_torch, to_torch, weight_map
         path = {str(tmp_path / "model.safetensors")!r}
