@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from rich.progress import track
@@ -22,7 +21,6 @@ from benchmarks.timing import (
     HAS_COMPILER,
     MATMUL,
     PLATFORM,
-    TORCH,
     Calls,
     assert_same_answers,
     temporaries,
@@ -97,13 +95,12 @@ def torch_losses() -> dict[str, Callable[..., torch.Tensor]]:
 def implementations(shape: Shape, dtype: str) -> tuple[Calls, Calls]:
     """Calls that return the loss with its gradients to inputs and weight, and calls that return the loss."""
     tokens, features, classes = shape
-    rng = np.random.default_rng(0)
-    x, w = (rng.standard_normal((rows, features), np.float32) for rows in (tokens, classes))
-    w /= features**0.5
-    t = rng.integers(0, classes, tokens).astype(np.int32)
-    arrays = [jnp.asarray(x, dtype), jnp.asarray(w, dtype), jnp.asarray(t)]
-    leaves = [torch.tensor(a, device=TORCH).to(getattr(torch, dtype)).requires_grad_() for a in (x, w)]
-    long = torch.tensor(t, device=TORCH).long()
+    first, second, third = jax.random.split(jax.random.key(0, impl="rbg"), 3)
+    x = jax.random.normal(first, (tokens, features)).astype(dtype)
+    w = (jax.random.normal(second, (classes, features)) / features**0.5).astype(dtype)
+    arrays = [x, w, jax.random.randint(third, (tokens,), 0, classes)]
+    *leaves, t = (torch.from_dlpack(array).clone() for array in arrays)
+    leaves, long = [leaf.requires_grad_() for leaf in leaves], t.long()
 
     def in_torch(loss_of: Callable[..., torch.Tensor], backward: bool) -> tuple[torch.Tensor, ...]:
         with torch.set_grad_enabled(backward):

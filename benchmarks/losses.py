@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
 from benchmarks.processes import in_new_processes
-from benchmarks.timing import HAS_COMPILER, PLATFORM, TORCH, Calls, assert_same_answers, temporaries, timings, told
+from benchmarks.timing import HAS_COMPILER, PLATFORM, Calls, assert_same_answers, temporaries, timings, told
 
 SHAPES = ((128, 10), (8192, 10), (1024, 1000), (8, 128, 128, 21), (256, 32000), (1024, 32768), (1024, 131072))
 VALUE, BOTH, OUTSIDE = "value", "value and gradient", "value, outside of jit"
@@ -42,6 +42,7 @@ class Kind:
     compiled: bool = False
     confident: bool = False  # one row is
     log_probs: bool = False  # not any logits
+    scalar: bool = True  # its value is
     shapes: tuple[tuple[int, ...], ...] = SHAPES
     axis: Literal[-1, 1] = -1  # of the classes in `shapes` and in JAX
 
@@ -96,24 +97,26 @@ KINDS = {
     "log_softmax": Kind(
         lambda z, t: F.log_softmax(z, dim=1),
         {OURS: lambda z, t: jaxloss.log_softmax(z), PLAIN: lambda z, t: jax.nn.log_softmax(z)},
+        scalar=False,
     ),
     "nll_loss": Kind(F.nll_loss, {OURS: jaxloss.nll_loss, PLAIN: picked}, log_probs=True),
 }
 
 
-def examples(kind: Kind, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits, and labels or probabilities."""
-    rng = np.random.default_rng(0)
-    logits = rng.standard_normal(shape, np.float32)
+def examples(kind: Kind, shape: tuple[int, ...], dtype: str = "float32") -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits, labels or probabilities, and what multiplies the gradient, an array where the value is one."""
+    first, second, third = jax.random.split(jax.random.key(0, impl="rbg"), 3)
+    logits = jax.random.normal(first, shape)
     if kind.targets == "probabilities":
-        exponentials = np.exp(rng.standard_normal(shape, np.float32))
-        return logits, exponentials / exponentials.sum(-1, keepdims=True)
-    labels = rng.integers(0, shape[kind.axis], np.delete(shape, kind.axis)).astype(np.int32)
+        targets = jax.nn.softmax(jax.random.normal(second, shape)).astype(dtype)
+    else:
+        targets = jax.random.randint(second, tuple(np.delete(shape, kind.axis)), 0, shape[kind.axis])
     if kind.confident:
-        logits.reshape(-1, shape[-1])[0, labels.flat[0]] = 40
+        logits = logits.at[(*(0,) * (len(shape) - 1), targets.ravel()[0])].set(40)
     if kind.log_probs:
-        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-    return logits, labels
+        logits = jax.nn.log_softmax(logits)
+    factors = jnp.ones(()) if kind.scalar else jax.random.normal(third, shape)
+    return logits.astype(dtype), targets, factors.astype(dtype)
 
 
 def jitted(loss: Callable, quantity: str) -> Any:
@@ -126,24 +129,22 @@ def jitted(loss: Callable, quantity: str) -> Any:
     return jax.jit(both if quantity == BOTH else lambda z, t, g: loss(z, t))
 
 
-def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...]) -> tuple[Calls, Measures]:
+def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...]) -> tuple[Calls, Calls, Measures]:
     """Calls without arguments that return the value, or the value and its gradient, finished; PyTorch eager last.
 
-    And for each in JAX, what gives the bytes of temporaries of its compiled program.
+    And a pass over the logits, and for each in JAX what gives the bytes of temporaries of its compiled program.
     """
-    logits, targets = examples(kind, shape)
-    factors = np.random.default_rng(1).standard_normal(shape, np.float32)  # the gradient of what has no scalar value
-    integers = targets.dtype == np.int32
-    z, t, g = jnp.asarray(logits, dtype), jnp.asarray(targets, None if integers else dtype), jnp.asarray(factors, dtype)
-
+    z, t, g = examples(kind, shape, dtype)
     moved = len(shape) > 2 and kind.axis == -1
+    label, function = PASSES[quantity]
+    one_pass = jax.jit(function)
 
-    def in_torch(array: np.ndarray) -> torch.Tensor:
-        tensor = torch.tensor(array, device=TORCH)
-        tensor = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor.long()
+    def in_torch(array: jax.Array) -> torch.Tensor:
+        tensor = torch.from_dlpack(array)
+        tensor = tensor.clone() if tensor.is_floating_point() else tensor.long()
         return tensor.movedim(-1, 1).contiguous() if moved and array.ndim == len(shape) else tensor
 
-    leaf, aims, cotangent = map(in_torch, (logits, targets, factors))
+    leaf, aims, cotangent = map(in_torch, (z, t, g))
     leaf.requires_grad_(quantity == BOTH)
 
     def in_pytorch(loss: Callable) -> Callable[[], list[torch.Tensor]]:
@@ -163,7 +164,7 @@ def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...
     if HAS_COMPILER and kind.compiled and quantity == BOTH:
         torch.compiler.reset()
         calls[COMPILED] = in_pytorch(torch.compile(kind.torch, dynamic=False))
-    return calls | {EAGER: in_pytorch(kind.torch)}, held
+    return calls | {EAGER: in_pytorch(kind.torch)}, {label: lambda: jax.block_until_ready(one_pass(z))}, held
 
 
 def cases(*, quick: bool) -> Iterator[Case]:
@@ -182,8 +183,8 @@ def cases(*, quick: bool) -> Iterator[Case]:
 
 def outside_jit() -> Calls:
     """Calls on 128 x 10 as written, outside of jit: what each call costs."""
-    logits, labels = examples(KINDS["cross_entropy"], (128, 10))
-    z, t, leaf, long = jnp.asarray(logits), jnp.asarray(labels), torch.tensor(logits), torch.tensor(labels).long()
+    z, t, _ = examples(KINDS["cross_entropy"], (128, 10))
+    leaf, long = torch.from_dlpack(z).cpu(), torch.from_dlpack(t).cpu().long()
     calls = {name: lambda loss=loss: [jax.block_until_ready(loss(z, t))] for name, loss in LOSSES.items()}
     return calls | {EAGER: lambda: [F.cross_entropy(leaf, long)]}
 
@@ -200,21 +201,20 @@ def measure(turns: int, *, quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def measured(some: Iterable[Case], turns: int) -> Iterator[dict[str, Any]]:
-    """A row for each case: fewer turns from 1 million logits on."""
+    """A row for each case: on CPU fewer turns from 1 million logits on."""
     for name, quantity, dtype, shape in some:
         row = {"loss": name, "of": quantity, "dtype": dtype, "shape": shape}
-        few = turns if math.prod(shape) < 1e6 else max(turns // (5 if math.prod(shape) < 1e8 else 10), 2)
+        large = PLATFORM == "cpu" and math.prod(shape) >= 1e6
+        few = max(turns // (5 if math.prod(shape) < 1e8 else 10), 2) if large else turns
         if quantity == OUTSIDE:
             calls = outside_jit()
             assert_same_answers(calls)
         else:
-            calls, held = implementations(KINDS[name], quantity, dtype, shape)
+            calls, a_pass, held = implementations(KINDS[name], quantity, dtype, shape)
             comparable = {name: call for name, call in calls.items() if name != BARE}
             row["first call, seconds"] = assert_same_answers(comparable, dtype)
             row["temporaries"] = {each: held_bytes() for each, held_bytes in held.items()}
-            label, function = PASSES[quantity]
-            x, one_pass = jnp.asarray(examples(KINDS[name], shape)[0], dtype), jax.jit(function)
-            calls[label] = lambda one_pass=one_pass, x=x: jax.block_until_ready(one_pass(x))
+            calls |= a_pass
         yield row | {"milliseconds": timings(calls, few)}
 
 

@@ -61,7 +61,8 @@ class ClassAxis(NamedTuple):
 
     def both_sums(self, x: Float[Array, "..."], y: Float[Array, "..."]) -> tuple[Float[Array, "..."], ...]:
         """Two sums over the classes in one pass, which XLA does not give to a library."""
-        return _both_sums(self.position, x, y)
+        sums = _both_sums(self.position, x, y)
+        return sums if self.mesh_axis is None else lax.psum(sums, self.mesh_axis)
 
     def has_whole_rows_on_cpu(self, x: Array) -> bool:
         """Whether each row is one stretch of a CPU's memory."""
@@ -122,6 +123,21 @@ class ClassAxis(NamedTuple):
         """Maximum over all classes, as a constant: no derivative passes through it."""
         top = jnp.max(lax.stop_gradient(x), self.position, initial=-jnp.inf)
         return top if self.mesh_axis is None else lax.pmax(top, self.mesh_axis)
+
+    def peaks(self, x: Float[Array, "..."], dtype: jnp.dtype) -> "Peaks":
+        """Each row's maximum in `dtype`, and off the CPU in the same pass what the sums of exponentials need.
+
+        Not where devices may split the classes: XLA would gather them.
+        """
+        if on_cpu() or not undivided():
+            return Peaks(self.max(x).astype(dtype))
+        top, (below, ties) = _peaks(self.position, x, dtype)
+        if self.mesh_axis is not None:
+            local, top = top, lax.pmax(lax.stop_gradient(top), self.mesh_axis)
+            highest = local == top
+            below = jnp.where(highest, below, (below + ties) * jnp.exp(local - top))
+            below, ties = lax.psum((below, jnp.where(highest, ties, 0)), self.mesh_axis)
+        return Peaks(top, (below + (top - top), ties))  # NaN where the maximum is infinite
 
     def argmax(self, x: Float[Array, "..."]) -> Integer[Array, "..."]:
         """Index, over all classes, of the first maximum."""
@@ -190,6 +206,42 @@ class ClassAxis(NamedTuple):
         return _pick(self, spread, x, targets)
 
 
+class Peaks(NamedTuple):
+    """Each row's maximum and, if one pass finds both too, Σ exp(x - top) of the classes below and how many have it."""
+
+    top: Array
+    below_and_ties: tuple[Array, Array] | None = None
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 2))
+def _peaks(position: int, x: Float[Array, "..."], dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+    """An online softmax, https://arxiv.org/abs/1805.02867, with the maximum left out of the sum and counted."""
+
+    def join(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        top = jnp.maximum(a[0], b[0])
+        factor = jnp.exp(jnp.minimum(a[0], b[0]) - top)
+
+        def scaled(part: Array, below: Array, ties: Array) -> tuple[Array, Array]:
+            highest = part == top
+            return jnp.where(highest, below, (below + ties) * factor), jnp.where(highest, ties, 0)
+
+        return top, *map(jnp.add, scaled(*a), scaled(*b))
+
+    x = x.astype(dtype)
+    start = (jnp.asarray(value, dtype) for value in (-jnp.inf, 0, 0))
+    top, below, ties = lax.reduce((x, jnp.zeros_like(x), jnp.ones_like(x)), tuple(start), join, (position,))
+    return top, (below, ties)
+
+
+@_peaks.defjvp
+def _peaks_jvp(position: int, dtype: jnp.dtype, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    (x,), (dx,) = primals, tangents
+    top, others = _peaks(position, x, dtype)
+    constant = jnp.zeros_like(top)
+    exponentials = jnp.exp(x.astype(dtype) - jnp.expand_dims(top, position))
+    return (top, others), (constant, (jnp.sum(exponentials * dx.astype(dtype), position), constant))
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _both_sums(position: int, x: Float[Array, "..."], y: Float[Array, "..."]) -> tuple[Float[Array, "..."], ...]:
     zero = jnp.zeros((), x.dtype)
@@ -245,6 +297,14 @@ def alone() -> bool:
     """Whether there is one device only, so that none can have a part of an array, as far as tracing tells."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.device_count() == 1 and (mesh.empty or mesh.size == 1)
+
+
+def undivided() -> bool:
+    """Whether no device has a part of an array but those that `shard_map` gives it, as far as tracing tells."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    return mesh.size == 1 or all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
 
 
 def has_at_least(elements: int, x: Array) -> bool:

@@ -14,7 +14,7 @@ from jaxloss import _checks
 from jaxloss._class_axis import ClassAxis, apart
 from jaxloss._halves import cast
 from jaxloss._log_probs import expected_log_prob, target_log_prob
-from jaxloss._log_softmax import ROWS, accumulator_dtype, from_rows
+from jaxloss._log_softmax import ROWS, accumulator_dtype, from_rows, peaks_of_rows
 from jaxloss._nll import Reduction, reduce_rows, weigh_rows
 
 # Elements from which on exponentials in float32, for the gradient of bfloat16, are not stored: these would take fresh
@@ -195,16 +195,16 @@ def _index_loss(
     kept, row_weights = weigh_rows(axis, axis.size(narrow), targets, weight, ignore_index, dtype)
     logits = _without_gradient(axis, cast(narrow, dtype), ~kept)
     axis = axis.of_cast(narrow, dtype, least=LARGE)
-    top = checkpoint_name(axis.max(narrow).astype(dtype), ROWS)
-    log_prob, normalizer = target_log_prob(axis, logits, top, targets, kept, narrow)
+    peaks = peaks_of_rows(axis, narrow, dtype)
+    log_prob, normalizer = target_log_prob(axis, logits, peaks, targets, kept, narrow)
 
     terms: list[tuple[Array | float, Array]]  # a factor and the rows' losses
     terms = [(1 if label_smoothing is None else 1 - label_smoothing, -row_weights * log_prob)]
     if label_smoothing is not None:
-        smoothing = _smoothing_losses(axis, logits, top, normalizer, kept, weight, narrow)
+        smoothing = _smoothing_losses(axis, logits, peaks.top, normalizer, kept, weight, narrow)
         terms.append((label_smoothing / axis.size(logits), smoothing))
     if z_loss is not None:
-        terms.append((z_loss, row_weights * (top + normalizer) ** 2))
+        terms.append((z_loss, row_weights * (peaks.top + normalizer) ** 2))
     # Reduced one by one, so that weights of 0 throughout are NaN as in PyTorch.
     reduced = reduce_rows([jnp.where(kept, losses, 0) for _, losses in terms], row_weights, reduction)
     factors = [factor for factor, _ in terms]
@@ -311,10 +311,10 @@ def _probability_losses(
             targets = (1 - label_smoothing) * targets + label_smoothing / axis.size(logits)
         return class_weights * targets
 
-    top = checkpoint_name(axis.max(narrow).astype(dtype), ROWS)
+    peaks = peaks_of_rows(axis, narrow, dtype)
     masses_again = tuple(map(masses, axis.copies(axis.read(targets, narrow_targets), 2)))
-    log_prob, extra = expected_log_prob(axis, logits, top, masses(targets), narrow, masses_again)
+    log_prob, extra, _ = expected_log_prob(axis, logits, peaks, masses(targets), narrow, masses_again)
     if z_loss is None:
         return -log_prob
     row_weights = checkpoint_name(axis.sum(class_weights * targets), ROWS)
-    return _option(z_loss, row_weights * (top + jnp.log1p(extra)) ** 2) - log_prob
+    return _option(z_loss, row_weights * (peaks.top + jnp.log1p(extra)) ** 2) - log_prob

@@ -12,14 +12,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Integer
 
-from jaxloss._class_axis import ClassAxis, apart
+from jaxloss._class_axis import ClassAxis, Peaks, apart
 from jaxloss._log_softmax import ROWS, excess, is_likely, log_softmax_core
 
 
 def target_log_prob(
     axis: ClassAxis,
     logits: Float[Array, "..."],
-    top: Float[Array, "..."],
+    peaks: Peaks,
     targets: Integer[Array, "..."],
     kept: Bool[Array, "..."],
     narrow: Float[Array, "..."],
@@ -29,8 +29,8 @@ def target_log_prob(
     The logits were cast from `narrow`.
     Leaving the target out of the sum keeps a confident row exact: 1 - p is a sum of small terms, not a difference.
     """
-    at_target, others = _target_and_others(axis, logits, top, targets, kept, narrow)
-    margin = jnp.where(kept, at_target - top, 0)
+    at_target, others = _target_and_others(axis, logits, peaks, targets, kept, narrow)
+    margin = jnp.where(kept, at_target - peaks.top, 0)
     return _join(*(checkpoint_name(rows, ROWS) for rows in (margin, others)))
 
 
@@ -53,7 +53,7 @@ def _join_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
 def _target_and_others(
     axis: ClassAxis,
     logits: Float[Array, "..."],
-    top: Float[Array, "..."],
+    peaks: Peaks,
     targets: Integer[Array, "..."],
     kept: Bool[Array, "..."],
     narrow: Float[Array, "..."],
@@ -62,7 +62,14 @@ def _target_and_others(
 
     Rows that are not kept have a logit of no meaning, and a sum of 0.
     """
-    if axis.sums_in_one_pass(narrow):
+    top, below_and_ties = peaks
+    if below_and_ties is not None:
+        below, ties = below_and_ties
+        at_target = axis.pick(logits, targets)
+        target = jnp.exp(at_target - top)
+        others = jnp.where(at_target == top, below + (ties - 1), (below - target) + ties)
+        at_target, others = lax.optimization_barrier((at_target, others))  # or the mean's few threads compute all rows
+    elif axis.sums_in_one_pass(narrow):
         if axis.lean:  # a cast that the gradient does not share
             narrow, top = lax.optimization_barrier((narrow, top))
             logits = narrow.astype(top.dtype)
@@ -105,12 +112,12 @@ def _sum_others(
 
 @_target_and_others.defjvp
 def _target_and_others_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    logits, top, targets, kept, _ = primals
+    logits, (top, below_and_ties), targets, kept, _ = primals
     # A pick from logits that were not cast adds its one element to a row to the rest of the gradient in place.
     source = 0 if axis.widened else -1
     pick = partial(axis.pick, targets=targets)
     at_target, dat_target = jax.jvp(pick, (primals[source],), (tangents[source],))
-    if axis.lean:
+    if axis.lean or below_and_ties is not None:
         at_target, others = _target_and_others(axis, *primals)
     else:  # the gradient's own exponentials
         others = jnp.where(kept, axis.sum(_others(axis, logits, top, targets)), 0)
@@ -141,19 +148,26 @@ def _others_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array
 def expected_log_prob(
     axis: ClassAxis,
     logits: Float[Array, "..."],
-    top: Float[Array, "..."],
+    peaks: Peaks,
     masses: Float[Array, "..."],
     narrow: Float[Array, "..."],
     masses_again: tuple[Float[Array, "..."], Float[Array, "..."]],
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."] | None]:
     """Σ_c masses · log p of each row, and Σ exp(logits - top) - 1, of logits that were cast from `narrow`.
+
+    And Σ_c masses, where it takes no pass of its own.
 
     `masses_again` are copies of the masses: the value reads the first, the gradient's sum of them the second, and the
     derivative is with respect to `masses`.
     """
     source = axis.read(logits, narrow)
-    extra = excess(axis, source, *axis.copies(top, 2))
-    return _weigh_log_probs(axis, source, top, masses_again[0], jnp.log1p(extra)), extra
+    extra = excess(axis, source, peaks, *axis.copies(peaks.top, 2))
+    normalizer = jnp.log1p(extra)
+    if peaks.below_and_ties is None:
+        return _weigh_log_probs(axis, source, peaks.top, masses_again[0], normalizer), extra, None
+    weighed = _weighed(source, masses_again[0], axis.expand(peaks.top), axis.expand(normalizer))
+    log_prob, total = axis.both_sums(weighed, masses_again[0])
+    return log_prob, extra, total
 
 
 def _weigh_log_probs(
@@ -167,21 +181,21 @@ def _weigh_log_probs(
         top = lax.reduce_precision(top, 8, 23)
     (top,) = apart(top, 1)
     (logits,) = axis.copies(logits, 1)
-
-    def terms(x: Array, masses: Array, top: Array, normalizer: Array) -> Array:
-        return masses * ((x.astype(masses.dtype) - top) - normalizer)
-
     # Apart, or XLA merges this sum with the one over the rows: a single long sum rounds worse.
-    (sums,) = apart(axis.sum_of(terms, logits, masses, axis.expand(top), axis.expand(normalizer)), 1)
+    (sums,) = apart(axis.sum_of(_weighed, logits, masses, axis.expand(top), axis.expand(normalizer)), 1)
     return sums
+
+
+def _weighed(x: Array, masses: Array, top: Array, normalizer: Array) -> Array:
+    return masses * ((x.astype(masses.dtype) - top) - normalizer)
 
 
 @partial(expected_log_prob.defjvp, symbolic_zeros=True)
 def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    logits, top, masses, _, masses_again = primals
+    logits, (top, _), masses, _, masses_again = primals
     dlogits, dmasses = (None if isinstance(d, SymbolicZero) else d for d in (tangents[0], tangents[2]))
-    log_prob, extra = expected_log_prob(axis, *primals)
-    extra = checkpoint_name(extra, ROWS)
+    log_prob, extra, total = expected_log_prob(axis, *primals)
+    extra, total = (None if rows is None else checkpoint_name(rows, ROWS) for rows in (extra, total))
     (again,) = axis.copies(top, 1)
 
     @partial(jax.checkpoint, prevent_cse=False)  # the residuals are the logits and the masses
@@ -189,6 +203,7 @@ def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> 
         logits: Float[Array, "..."],
         masses: Float[Array, "..."],
         extra: Float[Array, "..."],
+        total: Float[Array, "..."] | None,
         dlogits: Float[Array, "..."] | None,
         dmasses: Float[Array, "..."] | None,
     ) -> tuple[Array, Array]:
@@ -199,7 +214,7 @@ def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> 
             return dlog_prob, dextra
         at_top = 1 / (1 + extra)
         probs = jnp.exp(logits - axis.expand(again)) * axis.expand(at_top)
-        total = axis.sum(masses_again[1])
+        total = axis.sum(masses_again[1]) if total is None else total
         ones, rest = axis.expand(total), axis.expand(-total * lax.stop_gradient(extra * at_top))
         # At a likely class p is written 1 + (p - 1), and the 1 is taken out first.
         likely = is_likely(probs)
@@ -207,7 +222,8 @@ def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> 
         coefficient = jnp.where(likely, (masses - ones) - rest, masses) - ones * others
         return dlog_prob + axis.sum(coefficient * dlogits), (1 + extra) * axis.sum(probs * dlogits)
 
-    return (log_prob, extra), tangent(logits, masses, extra, dlogits, dmasses)
+    dtotal = None if total is None else jnp.zeros_like(total) if dmasses is None else axis.sum(dmasses)
+    return (log_prob, extra, total), (*tangent(logits, masses, extra, total, dlogits, dmasses), dtotal)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

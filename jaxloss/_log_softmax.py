@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxloss import _checks
-from jaxloss._class_axis import ClassAxis, apart
+from jaxloss._class_axis import ClassAxis, Peaks, apart
 from jaxloss._halves import cast, cast_sum
 
 ROWS = "jaxloss: one number to a row"
@@ -82,7 +82,15 @@ def accumulator(x: Array) -> Float[Array, "..."]:
     return cast(x, accumulator_dtype(x))
 
 
-def excess(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Array, "..."]) -> Float[Array, "..."]:
+def peaks_of_rows(axis: ClassAxis, x: Float[Array, "..."], dtype: jnp.dtype) -> Peaks:
+    """The peaks, of which a gradient keeps the maximum."""
+    peaks = axis.peaks(x, dtype)
+    return peaks._replace(top=checkpoint_name(peaks.top, ROWS))
+
+
+def excess(
+    axis: ClassAxis, logits: Float[Array, "..."], peaks: Peaks, *tops: Float[Array, "..."]
+) -> Float[Array, "..."]:
     """Each row's Σ exp(logits - max) - 1, exact also where one class has almost all the probability.
 
     The maximum and all that ties with it are left out of the sum, and counted. Of few classes, along another axis than
@@ -90,6 +98,9 @@ def excess(axis: ClassAxis, logits: Float[Array, "..."], *tops: Float[Array, "..
     If `axis` is lean the logits are those before the cast. `tops` is the maximum twice: the same array if
     exp(logits - max) is wanted in memory anyway, else two `apart`.
     """
+    if peaks.below_and_ties is not None:
+        below, ties = peaks.below_and_ties
+        return below + (ties - 1)
     if axis.sums_in_one_pass(logits):
         exponentials = jnp.exp(logits.astype(tops[0].dtype) - axis.expand(tops[0]))
         others, total = axis.both_sums(exponentials - jnp.floor(exponentials), exponentials)
@@ -126,9 +137,9 @@ def log_softmax_core(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Log-probabilities in `dtype`, and each row's log Σ exp(logits - max), of logits that were cast from `narrow`."""
     source = axis.read(logits, narrow)  # not stopped: `linear_log_prob` would lose a second derivative
-    top = checkpoint_name(axis.max(narrow).astype(logits.dtype), ROWS)
-    normalizer = checkpoint_name(jnp.log1p(excess(axis, source, *apart(top, 2))), ROWS)
-    return _log_probs(axis, dtype, logits, top, normalizer)
+    peaks = peaks_of_rows(axis, narrow, logits.dtype)
+    normalizer = checkpoint_name(jnp.log1p(excess(axis, source, peaks, *apart(peaks.top, 2))), ROWS)
+    return _log_probs(axis, dtype, logits, peaks.top, normalizer)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -77,8 +77,7 @@ class JaxRandomness:
         if self.model == "cnn":
             return ()
         with jax.default_device(jax.local_devices(backend="cpu")[0]):  # an accelerator is busy with the last step
-            key = jax.random.fold_in(jax.random.key(self.seed), 2**31)  # the weights have those of 0, 1, 2, ...
-            masks = _kept(key, self.steps, size)
+            masks = _kept(self.seed, self.steps, size)
         self.steps += images > 0
         return (jax.tree.map(np.asarray, masks),)
 
@@ -94,8 +93,9 @@ class JaxRandomness:
         self.seed, self.steps = int(state["seed"]), int(state["steps"])
 
 
-@partial(jax.jit, static_argnums=2)
-def _kept(key: jax.Array, step: int, size: int) -> DropoutMasks:
+@partial(jax.jit, static_argnums=(0, 2))
+def _kept(seed: int, step: int, size: int) -> DropoutMasks:
+    key = jax.random.fold_in(jax.random.key(seed), 2**31)  # the weights have those of 0, 1, 2, ...
     channels, features = jax.random.split(jax.random.fold_in(key, step))
     return DropoutMasks(
         jax.random.bernoulli(channels, 1 - Net.RATE, (size, 1, 1, 20)),
