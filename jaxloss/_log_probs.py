@@ -65,7 +65,7 @@ def _target_and_others(
     top, below_and_ties = peaks
     if below_and_ties is not None:
         below, ties = below_and_ties
-        at_target = axis.pick(logits, targets)
+        at_target = axis.pick(narrow, targets).astype(top.dtype)  # a TPU would widen all logits for a gather
         target = jnp.exp(at_target - top)
         others = jnp.where(at_target == top, below + (ties - 1), (below - target) + ties)
         at_target, others = lax.optimization_barrier((at_target, others))  # or the mean's few threads compute all rows
