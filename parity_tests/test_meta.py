@@ -20,7 +20,7 @@ import torch
 import jaxloss
 from benchmarks import accuracy
 from benchmarks.linear import CHUNKED, SLABS, WHOLE
-from benchmarks.losses import BOTH, COMPILED, EAGER, OPTAX, OURS, SHAPES
+from benchmarks.losses import BOTH, COMPILED, EAGER, OPTAX, OURS, SHAPES, VALUE
 from benchmarks.timing import ratio
 from benchmarks.train import OURS as TRAIN
 from benchmarks.train import SHARES, TUTORIAL
@@ -367,6 +367,15 @@ def test_readme_speeds_are_those_of_the_committed_results(part, platform):
     assert readme_part(part).strip().splitlines()[2:] == expected
 
 
+def test_readme_cost_of_a_start_on_a_gpu_is_that_of_the_committed_results():
+    rows = [row for row in committed("losses", "gpu") if row["loss"] == "cross_entropy"]
+    start = next(row["milliseconds"]["x + 1"]["median"] for row in rows if row["of"] == BOTH)
+    small = [row["milliseconds"] for row in rows if row["of"] == VALUE and math.prod(row["shape"]) <= 1024 * 1000]
+    ratios = [times[OURS]["median"] / times[EAGER]["median"] for times in small]
+    found = re.findall(r"\d\.\d+", readme_part("gpu-start"))
+    assert found == [f"{start:.2f}", f"{min(ratios):.1f}", f"{max(ratios):.1f}"]
+
+
 def test_readme_speed_with_a_confident_row_is_that_of_the_committed_results():
     rows = [row["milliseconds"] for row in committed("losses") if "confident" in row["loss"]]
     ratios = sorted((ratio(times, OURS, OPTAX) for times in rows), key=float)
@@ -437,15 +446,17 @@ def test_readme_distance_of_float32_trainings_is_that_of_the_committed_tables():
     assert len(medians) == 2
 
 
-def test_readme_training_speeds_are_those_of_the_committed_results():
-    expected = [
-        "| {} | {} | {} | {} |".format(
-            row["model"], row["batch"], *(ratio(row["milliseconds"], TRAIN, peer) for peer in (EAGER, TUTORIAL))
-        )
-        for row in committed("train")
-        if "batch" in row
-    ]
-    assert readme_part("train").strip().splitlines()[2:] == expected
+@pytest.mark.parametrize(
+    ("part", "platform", "peers"),
+    [("train", "cpu", (EAGER, TUTORIAL)), ("train-gpu", "gpu", (EAGER, COMPILED, TUTORIAL))],
+)
+def test_readme_training_speeds_are_those_of_the_committed_results(part, platform, peers):
+    expected = []
+    for row in committed("train", platform):
+        if "batch" in row:
+            cells = row["model"], row["batch"], *(ratio(row["milliseconds"], TRAIN, peer) for peer in peers)
+            expected.append(f"| {' | '.join(map(str, cells))} |")
+    assert readme_part(part).strip().splitlines()[2:] == expected
 
 
 def test_readme_shares_in_compiled_programs_are_those_of_the_committed_results():
