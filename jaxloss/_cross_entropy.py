@@ -277,7 +277,10 @@ def _weighted_sum_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple
     total = _weighted_sum(axis, *primals)
     tangent = jnp.zeros_like(total)
     if not isinstance(dlogits, SymbolicZero):
-        tangent += axis.sum(class_weights * dlogits)
+        along = axis.sum(class_weights * dlogits)
+        if axis.is_whole_on_cpu(logits):  # or the loop over the gradient makes the row's factor for every class
+            (along,) = apart(along, 1)
+        tangent += along
     if not isinstance(dweights, SymbolicZero):
         # Only the weights' gradient reads the logits: NaN in an ignored row stops here, at no cost to anyone else.
         tangent += axis.sum(dweights * jnp.where(axis.expand(kept), logits - axis.expand(top), 0))
