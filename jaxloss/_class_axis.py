@@ -3,15 +3,18 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxloss._checks import MeshAxes, Size
 from jaxloss._halves import zero_unless
+from jaxloss._primitives import Primitive
 from jaxloss._row_sums import SHORT, row_sum
 
 LONG_ROW, SHORT_BLOCK = 2**15, 2**10  # classes, see `ClassAxis.sum_of`
@@ -61,8 +64,7 @@ class ClassAxis(NamedTuple):
 
     def both_sums(self, x: Float[Array, "..."], y: Float[Array, "..."]) -> tuple[Float[Array, "..."], ...]:
         """Two sums over the classes in one pass, which XLA does not give to a library."""
-        sums = _both_sums(self.position, x, y)
-        return sums if self.mesh_axis is None else lax.psum(sums, self.mesh_axis)
+        return _both_sums(self.position, x, y)
 
     def has_whole_rows_on_cpu(self, x: Array) -> bool:
         """Whether each row is one stretch of a CPU's memory."""
@@ -131,11 +133,11 @@ class ClassAxis(NamedTuple):
         """
         if on_cpu() or not undivided():
             return Peaks(self.max(x).astype(dtype))
-        top, (below, ties) = _peaks(self.position, x, dtype)
+        top, below, ties = _peaks.bind(x, position=self.position, dtype=jnp.dtype(dtype))
         if self.mesh_axis is not None:
             local, top = top, lax.pmax(lax.stop_gradient(top), self.mesh_axis)
             highest = local == top
-            below = jnp.where(highest, below, (below + ties) * jnp.exp(local - top))
+            below = jnp.where(highest, below, (below + ties) * jnp.exp(lax.stop_gradient(local) - top))
             below, ties = lax.psum((below, jnp.where(highest, ties, 0)), self.mesh_axis)
         return Peaks(top, (below + (top - top), ties))  # NaN where the maximum is infinite
 
@@ -213,8 +215,7 @@ class Peaks(NamedTuple):
     below_and_ties: tuple[Array, Array] | None = None
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 2))
-def _peaks(position: int, x: Float[Array, "..."], dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+def _online(x: Float[Array, "..."], *, position: int, dtype: jnp.dtype) -> list[Array]:
     """An online softmax, https://arxiv.org/abs/1805.02867, with the maximum left out of the sum and counted."""
 
     def join(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -229,17 +230,38 @@ def _peaks(position: int, x: Float[Array, "..."], dtype: jnp.dtype) -> tuple[Arr
 
     x = x.astype(dtype)
     start = (jnp.asarray(value, dtype) for value in (-jnp.inf, 0, 0))
-    top, below, ties = lax.reduce((x, jnp.zeros_like(x), jnp.ones_like(x)), tuple(start), join, (position,))
-    return top, (below, ties)
+    return list(lax.reduce((x, jnp.zeros_like(x), jnp.ones_like(x)), tuple(start), join, (position,)))
 
 
-@_peaks.defjvp
-def _peaks_jvp(position: int, dtype: jnp.dtype, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+def _shapes_of_peaks(x: Any, *, position: int, dtype: jnp.dtype) -> list[Any]:
+    shape, spec = (tuple(np.delete(np.array(each, object), position)) for each in (x.shape, x.sharding.spec))
+    return [x.update(shape=shape, dtype=dtype, sharding=x.sharding.update(spec=spec), weak_type=False)] * 3
+
+
+def _peaks_jvp(primals: tuple, tangents: tuple, *, position: int, dtype: jnp.dtype) -> tuple[list, list]:
     (x,), (dx,) = primals, tangents
-    top, others = _peaks(position, x, dtype)
-    constant = jnp.zeros_like(top)
-    exponentials = jnp.exp(x.astype(dtype) - jnp.expand_dims(top, position))
-    return (top, others), (constant, (jnp.sum(exponentials * dx.astype(dtype), position), constant))
+    top, below, ties = _peaks.bind(x, position=position, dtype=dtype)
+    dtop = dbelow = dties = jnp.zeros_like(top)
+    if not isinstance(dx, ad.Zero):
+        exponentials = jnp.exp(x.astype(dtype) - jnp.expand_dims(top, position))
+        dbelow = jnp.sum(exponentials * dx.astype(dtype), position)
+    return [top, below, ties], [dtop, dbelow, dties]
+
+
+def _peaks_of_batch(arrays: tuple, dims: tuple, *, position: int, dtype: jnp.dtype) -> tuple[list[Array], tuple]:
+    (x,), (dim,) = arrays, dims
+    return _peaks.bind(jnp.moveaxis(x, dim, 0), position=position + 1, dtype=dtype), (0, 0, 0)
+
+
+# A primitive, since reverse mode drops the custom rules of what a scan keeps, and JAX has none for this reduction.
+# Derivatives are those with the maximum held: of `below`, and of it alone, the sum over all classes.
+_peaks = Primitive("jaxloss_peaks")
+_peaks.multiple_results = True
+_peaks.def_impl(jax.jit(_online, static_argnames=("position", "dtype")))
+_peaks.def_abstract_eval(_shapes_of_peaks)
+mlir.register_lowering(_peaks, mlir.lower_fun(_online, multiple_results=True))
+ad.primitive_jvps[_peaks] = _peaks_jvp
+batching.primitive_batchers[_peaks] = _peaks_of_batch
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

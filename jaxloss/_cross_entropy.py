@@ -316,7 +316,7 @@ def _probability_losses(
 
     peaks = peaks_of_rows(axis, narrow, dtype)
     masses_again = tuple(map(masses, axis.copies(axis.read(targets, narrow_targets), 2)))
-    log_prob, extra, _ = expected_log_prob(axis, logits, peaks, masses(targets), narrow, masses_again)
+    log_prob, extra = expected_log_prob(axis, logits, peaks, masses(targets), narrow, masses_again)
     if z_loss is None:
         return -log_prob
     row_weights = checkpoint_name(axis.sum(class_weights * targets), ROWS)

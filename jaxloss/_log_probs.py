@@ -67,7 +67,9 @@ def _target_and_others(
         below, ties = below_and_ties
         at_target = axis.pick(narrow, targets).astype(top.dtype)  # a TPU would widen all logits for a gather
         target = jnp.exp(at_target - top)
-        others = jnp.where(at_target == top, below + (ties - 1), (below - target) + ties)
+        # In the first case the target's derivative is taken off alone, if a scan has dropped the rule below.
+        nothing = lax.stop_gradient(target) - target
+        others = jnp.where(at_target == top, below + (ties - 1) + nothing, (below - target) + ties)
         at_target, others = lax.optimization_barrier((at_target, others))  # or the mean's few threads compute all rows
     elif axis.sums_in_one_pass(narrow):
         if axis.lean:  # a cast that the gradient does not share
@@ -152,22 +154,15 @@ def expected_log_prob(
     masses: Float[Array, "..."],
     narrow: Float[Array, "..."],
     masses_again: tuple[Float[Array, "..."], Float[Array, "..."]],
-) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."] | None]:
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Σ_c masses · log p of each row, and Σ exp(logits - top) - 1, of logits that were cast from `narrow`.
-
-    And Σ_c masses, where it takes no pass of its own.
 
     `masses_again` are copies of the masses: the value reads the first, the gradient's sum of them the second, and the
     derivative is with respect to `masses`.
     """
     source = axis.read(logits, narrow)
     extra = excess(axis, source, peaks, *axis.copies(peaks.top, 2))
-    normalizer = jnp.log1p(extra)
-    if peaks.below_and_ties is None:
-        return _weigh_log_probs(axis, source, peaks.top, masses_again[0], normalizer), extra, None
-    weighed = _weighed(source, masses_again[0], axis.expand(peaks.top), axis.expand(normalizer))
-    log_prob, total = axis.both_sums(weighed, masses_again[0])
-    return log_prob, extra, total
+    return _weigh_log_probs(axis, source, peaks.top, masses_again[0], jnp.log1p(extra)), extra
 
 
 def _weigh_log_probs(
@@ -181,21 +176,21 @@ def _weigh_log_probs(
         top = lax.reduce_precision(top, 8, 23)
     (top,) = apart(top, 1)
     (logits,) = axis.copies(logits, 1)
+
+    def terms(x: Array, masses: Array, top: Array, normalizer: Array) -> Array:
+        return masses * ((x.astype(masses.dtype) - top) - normalizer)
+
     # Apart, or XLA merges this sum with the one over the rows: a single long sum rounds worse.
-    (sums,) = apart(axis.sum_of(_weighed, logits, masses, axis.expand(top), axis.expand(normalizer)), 1)
+    (sums,) = apart(axis.sum_of(terms, logits, masses, axis.expand(top), axis.expand(normalizer)), 1)
     return sums
-
-
-def _weighed(x: Array, masses: Array, top: Array, normalizer: Array) -> Array:
-    return masses * ((x.astype(masses.dtype) - top) - normalizer)
 
 
 @partial(expected_log_prob.defjvp, symbolic_zeros=True)
 def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     logits, (top, _), masses, _, masses_again = primals
     dlogits, dmasses = (None if isinstance(d, SymbolicZero) else d for d in (tangents[0], tangents[2]))
-    log_prob, extra, total = expected_log_prob(axis, *primals)
-    extra, total = (None if rows is None else checkpoint_name(rows, ROWS) for rows in (extra, total))
+    log_prob, extra = expected_log_prob(axis, *primals)
+    extra = checkpoint_name(extra, ROWS)
     (again,) = axis.copies(top, 1)
 
     @partial(jax.checkpoint, prevent_cse=False)  # the residuals are the logits and the masses
@@ -203,7 +198,6 @@ def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> 
         logits: Float[Array, "..."],
         masses: Float[Array, "..."],
         extra: Float[Array, "..."],
-        total: Float[Array, "..."] | None,
         dlogits: Float[Array, "..."] | None,
         dmasses: Float[Array, "..."] | None,
     ) -> tuple[Array, Array]:
@@ -214,7 +208,7 @@ def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> 
             return dlog_prob, dextra
         at_top = 1 / (1 + extra)
         probs = jnp.exp(logits - axis.expand(again)) * axis.expand(at_top)
-        total = axis.sum(masses_again[1]) if total is None else total
+        total = axis.sum(masses_again[1])
         ones, rest = axis.expand(total), axis.expand(-total * lax.stop_gradient(extra * at_top))
         # At a likely class p is written 1 + (p - 1), and the 1 is taken out first.
         likely = is_likely(probs)
@@ -222,8 +216,7 @@ def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> 
         coefficient = jnp.where(likely, (masses - ones) - rest, masses) - ones * others
         return dlog_prob + axis.sum(coefficient * dlogits), (1 + extra) * axis.sum(probs * dlogits)
 
-    dtotal = None if total is None else jnp.zeros_like(total) if dmasses is None else axis.sum(dmasses)
-    return (log_prob, extra, total), (*tangent(logits, masses, extra, total, dlogits, dmasses), dtotal)
+    return (log_prob, extra), tangent(logits, masses, extra, dlogits, dmasses)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

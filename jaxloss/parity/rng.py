@@ -96,10 +96,10 @@ class Generator:
             raise ValueError(f"p must lie in [0, 1], got {p}")
         if p in (0, 1):
             return np.full(shape, p == 0)
-        words = self.uint32(2 * math.prod(shape)).reshape(*shape, 2)
-        high, low = words[..., 0] & np.uint32(2**21 - 1), words[..., 1]  # 53 random bits, compared as integers
-        least_high, least_low = divmod(math.ceil((1 - p) * 2**53), 2**32)
-        return (high < least_high) | ((high == least_high) & (low < least_low))
+        words = self.uint32(2 * math.prod(shape)).reshape(-1, 2)
+        high, low = words[:, 0] & np.uint32(2**21 - 1), words[:, 1]  # 53 random bits, compared as integers
+        least_high, least_low = divmod(math.ceil((1 - float(p)) * 2**53), 2**32)
+        return ((high < least_high) | ((high == least_high) & (low < least_low))).reshape(shape)
 
     def epoch(self, n: int, *, shuffle: bool) -> np.ndarray:
         """The order in which the next pass over a `torch.utils.data.DataLoader` takes n examples, int64 (n,).
