@@ -5,6 +5,7 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
@@ -193,7 +194,9 @@ def _index_loss(
 ) -> Float[Array, "..."]:
     """The loss, or each row's, of logits that are cast to `dtype` first."""
     kept, row_weights = weigh_rows(axis, axis.size(narrow), targets, weight, ignore_index, dtype)
-    logits = _without_gradient(axis, cast(narrow, dtype), ~kept)
+    logits = cast(narrow, dtype)  # first: with a select in bfloat16 XLA would not use the CPU's vectors
+    # The same values, whose derivative is 0 in ignored rows, also where NaN multiplies it.
+    logits = jnp.where(axis.expand(kept), logits, lax.stop_gradient(logits))
     axis = axis.of_cast(narrow, dtype, least=LARGE)
     peaks = peaks_of_rows(axis, narrow, dtype)
     log_prob, normalizer = target_log_prob(axis, logits, peaks, targets, kept, narrow)
@@ -214,20 +217,6 @@ def _index_loss(
 def _option(factor: Float[Array, ""] | float, loss: Float[Array, "..."]) -> Float[Array, "..."]:
     """Factor times loss; 0 if the factor is 0, also where the loss is infinite: a traced 0 switches the option off."""
     return factor * jnp.where((factor == 0) & jnp.isinf(loss), 0, loss)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _without_gradient(axis: ClassAxis, x: Float[Array, "..."], rows: Bool[Array, "..."]) -> Float[Array, "..."]:
-    """`x`, whose derivative is 0 in some rows, also where NaN multiplies it."""
-    return x
-
-
-@_without_gradient.defjvp
-def _without_gradient_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    x, rows = primals
-    # Only in the wide dtype: with a select in bfloat16 XLA would not use the CPU's vectors. The mask is not kept.
-    select = partial(jax.checkpoint, prevent_cse=False)(lambda rows, dx: jnp.where(axis.expand(rows), 0, dx))
-    return _without_gradient(axis, x, rows), select(rows, tangents[0])
 
 
 def _smoothing_losses(
@@ -264,10 +253,11 @@ def _weighted_sum(
         (class_weights,) = apart(class_weights, 1)
     (narrow,) = apart(narrow, 1)  # and of logits in a half type, their cast
 
-    def terms(x: Array, top: Array, class_weights: Array) -> Array:
-        return (x.astype(top.dtype) - top) * class_weights
+    def terms(x: Array, top: Array, class_weights: Array, kept: Array) -> Array:
+        # The same weights, whose derivative is 0 in ignored rows: a scan in reverse mode drops the rule below.
+        return (x.astype(top.dtype) - top) * jnp.where(kept, class_weights, lax.stop_gradient(class_weights))
 
-    return axis.sum_of(terms, narrow, axis.expand(top), class_weights)
+    return axis.sum_of(terms, narrow, axis.expand(top), class_weights, axis.expand(kept))
 
 
 @partial(_weighted_sum.defjvp, symbolic_zeros=True)

@@ -108,7 +108,6 @@ def excess(
     first, second = zip(axis.copies(logits, 2), map(axis.expand, tops), strict=True)
     if axis.has_whole_rows_on_cpu(logits):
         others, maxima = axis.sum_of(_below_top, *first), axis.sum_of(_is_top, *second)
-        others += tops[0] - tops[0]  # NaN where the maximum is infinite
     else:
         exponentials, again = (jnp.exp(x.astype(top.dtype) - top) for x, top in (first, second))
         others = axis.sum(again - jnp.floor(again))
@@ -120,7 +119,9 @@ def excess(
 # a CPU takes the product and the difference in one operation or in two, and rounds them otherwise.
 def _below_top(x: Array, top: Array) -> Array:
     x = x.astype(top.dtype)
-    return jnp.where(x == top, 0, jnp.exp(x - top))
+    exponentials = jnp.exp(x - top)
+    # Not 0 at the maximum, which has a derivative too: a scan in reverse mode takes this one and no custom rule.
+    return jnp.where(x == top, exponentials - lax.stop_gradient(exponentials), exponentials)
 
 
 def _is_top(x: Array, top: Array) -> Array:

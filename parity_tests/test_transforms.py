@@ -19,14 +19,14 @@ ROWS, CLASSES = 5, 7
 KINDS = ["cross_entropy index", "cross_entropy probability", "nll_loss", "kl_div", "log_softmax"]
 
 
-def make_loss(kind: str, scale: float = 1.0) -> tuple[Callable, tuple]:
+def make_loss(kind: str, scale: float = 1.0, repeats: int = 1) -> tuple[Callable, tuple]:
     """A scalar loss of floating arguments (all differentiable) and arguments for it; scale 4 makes confident rows."""
     rng = np.random.default_rng(0)
-    logits = jnp.asarray(scale * rng.normal(size=(ROWS, CLASSES)))
-    probabilities = jnp.asarray(rng.dirichlet(np.full(CLASSES, 10), ROWS), logits.dtype)
+    rows, targets = ROWS * repeats, jnp.tile(jnp.array([0, 6, -100, 3, 3]), repeats)
+    logits = jnp.asarray(scale * rng.normal(size=(rows, CLASSES)))
+    probabilities = jnp.asarray(rng.dirichlet(np.full(CLASSES, 10), rows), logits.dtype)
     weight = jnp.asarray(rng.uniform(0.5, 2, CLASSES), logits.dtype)
-    targets = jnp.array([0, 6, -100, 3, 3])
-    every = {"label_smoothing": 0.1, "z_loss": 0.01}
+    eye, every = jnp.eye(CLASSES, dtype=logits.dtype), {"label_smoothing": 0.1, "z_loss": 0.01}
     cases: dict[str, tuple[Callable, tuple]] = {
         "cross_entropy index": (lambda z, w: jaxloss.cross_entropy(z, targets, weight=w, **every), (logits, weight)),
         "cross_entropy probability": (
@@ -36,6 +36,11 @@ def make_loss(kind: str, scale: float = 1.0) -> tuple[Callable, tuple]:
         "nll_loss": (lambda z, w: jaxloss.nll_loss(z, targets, weight=w), (jaxloss.log_softmax(logits), weight)),
         "kl_div": (lambda z, t: jaxloss.kl_div(z, t, reduction="batchmean"), (logits, probabilities)),
         "log_softmax": (lambda z, u: jnp.sum(jaxloss.log_softmax(z) * u), (logits, probabilities)),
+        "linear_cross_entropy": (
+            lambda z, w: jaxloss.linear_cross_entropy(z, eye, targets, weight=w, **every),
+            (logits, weight),
+        ),
+        "entropy": (lambda z: jnp.sum(jaxloss.linear_log_prob(z, eye, targets).entropy), (logits,)),
     }
     return cases[kind]
 
@@ -130,6 +135,37 @@ def test_vmap_over_logits_targets_or_both(in_axes, name):
     close(ours, jax.tree.map(lambda *x: jnp.stack(x), *expected))
 
 
+def products_with_second_derivatives(loss: Callable, arguments: tuple) -> list:
+    """Forward over reverse and reverse over reverse, along one direction."""
+    gradient = jax.grad(loss, tuple(range(len(arguments))))
+    along = tuple(jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape) for a in arguments)
+    return [jax.jvp(gradient, arguments, along)[1], jax.vjp(gradient, *arguments)[1](along)]
+
+
+VMAPPED = {
+    "indices": partial(jaxloss.cross_entropy, label_smoothing=0.1, z_loss=0.1),
+    "rows": lambda z, t: jnp.sum(jaxloss.cross_entropy(z, t, reduction="none")),
+    "nll_loss": lambda z, t: jaxloss.nll_loss(jaxloss.log_softmax(z), t),
+    "linear": lambda z, t: jaxloss.linear_cross_entropy(z, jnp.eye(CLASSES), t),
+    "linear_log_prob": lambda z, t: jnp.sum(jaxloss.linear_log_prob(z, jnp.eye(CLASSES), t).log_prob),
+}
+
+
+@pytest.mark.parametrize("name", VMAPPED)
+def test_derivatives_of_a_vmap_over_the_targets_alone(name):
+    loss, logits = VMAPPED[name], jax.random.normal(jax.random.key(0), (ROWS, CLASSES))
+    targets = jax.random.randint(jax.random.key(1), (3, ROWS), 0, CLASSES).at[0, 0].set(-100)
+
+    def mapped(z):
+        return jnp.sum(jax.vmap(loss, (None, 0))(z, targets))
+
+    def looped(z):
+        return sum(loss(z, t) for t in targets)
+
+    close(jax.grad(mapped)(logits), jax.grad(looped)(logits))
+    close(*(products_with_second_derivatives(f, (logits,)) for f in (mapped, looped)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_scan_accumulates_the_plain_gradient(kind):
     loss, arguments = make_loss(kind)
@@ -139,6 +175,38 @@ def test_scan_accumulates_the_plain_gradient(kind):
         return lax.scan(step, jnp.zeros(()), jnp.array([1.0, 2.0]))[0]
 
     close(jax.grad(total)(*arguments), 3 * jax.grad(loss)(*arguments))
+
+
+def scanned(loss: Callable) -> Callable:
+    """The sum of squared losses over a leading axis of all arguments."""
+
+    def total(*batches):
+        return lax.scan(lambda total, each: (total + loss(*each) ** 2, None), jnp.zeros(()), batches)[0]
+
+    return total
+
+
+@pytest.mark.parametrize("repeats", [1, 64], ids=["rows", "many rows"])
+@pytest.mark.parametrize("kind", [*KINDS, "linear_cross_entropy", "entropy"])
+def test_second_derivatives_through_a_scan_are_those_of_a_loop(kind, repeats, x64):
+    """Reverse mode of a scan drops custom rules: what is derived without them has to be right too."""
+    loss, arguments = make_loss(kind, repeats=repeats)
+    batches = tuple(jnp.stack([a, a * 1.5, a * 0.5]) for a in arguments)
+
+    def looped(*batches):
+        return sum(loss(*(b[i] for b in batches)) ** 2 for i in range(3))
+
+    found, expected = (products_with_second_derivatives(f, batches) for f in (scanned(loss), looped))
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    close(found, expected, rtol=1e-10, atol=1e-12 * scale)
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy index", "linear_cross_entropy"])
+def test_nan_in_an_ignored_row_stays_there_in_second_derivatives_through_a_scan(kind):
+    loss, (logits, weight) = make_loss(kind)
+    batches = jnp.stack([logits, logits.at[2].set(jnp.nan)]), jnp.stack([weight] * 2)
+    found = products_with_second_derivatives(scanned(loss), batches)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found))
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
