@@ -201,10 +201,10 @@ def measure(turns: int, *, quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def measured(some: Iterable[Case], turns: int) -> Iterator[dict[str, Any]]:
-    """A row for each case: on CPU fewer turns from 1 million logits on."""
+    """A row for each case: on CPU fewer turns from 10 million logits on."""
     for name, quantity, dtype, shape in some:
         row = {"loss": name, "of": quantity, "dtype": dtype, "shape": shape}
-        large = PLATFORM == "cpu" and math.prod(shape) >= 1e6
+        large = PLATFORM == "cpu" and math.prod(shape) >= 1e7
         few = max(turns // (5 if math.prod(shape) < 1e8 else 10), 2) if large else turns
         if quantity == OUTSIDE:
             calls = outside_jit()
