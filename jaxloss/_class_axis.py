@@ -102,11 +102,11 @@ class ClassAxis(NamedTuple):
         the classes the blocks are as long as they can be and no class is left over, so that few or none are moved.
         """
         arrays, classes = (x, *others), x.shape[self.position]
-        longest = SHORT if alone() else LONG_ROW
+        longest = SHORT if undivided() else LONG_ROW
         if not self.has_whole_rows_on_cpu(x) or not isinstance(classes, int) or classes <= longest:
             return self.sum(terms(*arrays))
         divisors = (size for size in range(longest, SHORT_BLOCK - 1, -1) if classes % size == 0)
-        block = next(divisors, SHORT_BLOCK if alone() else classes)
+        block = next(divisors, SHORT_BLOCK if undivided() else classes)
         count, rest = divmod(classes, block)
 
         def blocks(x: Array) -> Array:
@@ -313,12 +313,6 @@ def on_cpu() -> bool:
     """Whether programs are for a CPU, as far as tracing tells: `jax.export` for another platform does not."""
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return (getattr(device, "platform", device) or jax.default_backend()) == "cpu"
-
-
-def alone() -> bool:
-    """Whether there is one device only, so that none can have a part of an array, as far as tracing tells."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() == 1 and (mesh.empty or mesh.size == 1)
 
 
 def undivided() -> bool:

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Num, Shaped
 
 from jaxloss._checks import MeshAxes
-from jaxloss._class_axis import ClassAxis, alone, has_at_least, on_cpu
+from jaxloss._class_axis import ClassAxis, has_at_least, on_cpu, undivided
 from jaxloss._log_softmax import accumulator_dtype
 
 PIECE, MOST_PIECES = 2**21, 8  # elements of a product made at once, unless that takes more pieces: `add_product`
@@ -126,7 +126,7 @@ def add_product(
     CPU stores a product before it adds it, unless it adds it to zeros: there it is one piece of the classes after the
     other, unless several devices may have split them.
     """
-    if total_is_zero or not (on_cpu() and alone()) or not has_at_least(2 * PIECE, total):
+    if total_is_zero or not (on_cpu() and undivided()) or not has_at_least(2 * PIECE, total):
         return total + dot(a, b, ((0,), (0,)))
     classes = total.shape[0]
     pieces = min(total.size // PIECE, MOST_PIECES, classes)

@@ -16,7 +16,7 @@ from jax import export
 
 import jaxloss
 from jaxloss import _slabs
-from jaxloss._class_axis import alone, on_cpu
+from jaxloss._class_axis import on_cpu, undivided
 from parity_tests.gates import HALF_UNIT, assert_errors_within_ratio, assert_float64_close, relative_l2
 from parity_tests.losses import round_to, to_torch
 
@@ -320,12 +320,16 @@ def test_a_default_device_tells_what_programs_are_for(monkeypatch):
             assert on_cpu()
 
 
-def test_one_device_is_not_alone_on_a_mesh_of_more(monkeypatch):
-    mesh = jax.make_mesh((2,), ("x",))
+def test_arrays_are_undivided_on_one_device_and_within_shards(monkeypatch):
+    mesh, found = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)), []
+    assert not undivided()
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert alone()
+    assert undivided()
     with jax.set_mesh(mesh):
-        assert not alone()
+        assert not undivided()
+    spec = jax.sharding.PartitionSpec("x")
+    jax.shard_map(lambda x: (found.append(undivided()), x)[1], mesh=mesh, in_specs=spec, out_specs=spec)(jnp.ones(2))
+    assert found == [True]
 
 
 def test_tracing_at_a_billion_tokens_and_a_million_classes_allocates_nothing():

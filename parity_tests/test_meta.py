@@ -379,6 +379,12 @@ def test_readme_cost_of_a_start_on_a_gpu_is_that_of_the_committed_results():
     assert found == [f"{min(starts):.2f}", f"{max(starts):.2f}", f"{min(ratios):.1f}", f"{max(ratios):.1f}"]
 
 
+def test_readme_cost_of_a_start_on_a_cpu_is_that_of_the_committed_results():
+    rows = [row for row in committed("losses") if (row["loss"], row["of"]) == ("cross_entropy", BOTH)]
+    ratios = [float(ratio(row["milliseconds"], "x + 1", EAGER)) for row in rows if row["shape"] == [128, 10]]
+    assert readme_part("cpu-start") == f"{min(ratios):.1f} to {max(ratios):.1f}"
+
+
 def test_readme_speed_with_a_confident_row_is_that_of_the_committed_results():
     rows = [row["milliseconds"] for row in committed("losses") if "confident" in row["loss"]]
     ratios = sorted((ratio(times, OURS, OPTAX) for times in rows), key=float)

@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
 from jaxloss.parity import Report
-from parity_tests.zoo import CASES, FlaxResidual, pad, run
+from parity_tests.zoo import CASES, FlaxResidual, attend_in_jax, pad, resized, run
 
 
 @dataclass
@@ -159,6 +159,11 @@ def optimizer(kind: Callable[..., Any], ours: Any, says: str, *, step: int = 1, 
     return Fault("flat", nothing, f"step {step}", says, options={"steps": 3}, optimizers=pair)
 
 
+def between(case: str, function: Callable[[Any], Any], says: str) -> Fault:
+    """Another function between two layers."""
+    return Fault(case, set_on("", function=function), "between first and last", says)
+
+
 TRAIN = {"train": True}
 FAULTS = {
     "transposed square kernel": Fault(
@@ -215,6 +220,34 @@ FAULTS = {
     ),
     "softmax over another axis": Fault(
         "transformer", set_on("", axis=-2), "between value and proj", "softmax over axis 2"
+    ),
+    "queries and keys swapped": Fault(
+        "transformer", set_on("", scores="bkhd,bqhd->bhqk"), "between value and proj", "is the transpose of PyTorch's"
+    ),
+    "attention scaled by 1/d": Fault(
+        "transformer", set_on("", scale=0.25), "between value and proj", "division by 2 is applied twice"
+    ),
+    "heads merged before they are moved": Fault(
+        "transformer", set_on("", merged="bhqk,bkhd->bhqd"), "between value and proj", "transposition is missing"
+    ),
+    "fused attention scaled by 1/d": between(
+        "attention", partial(attend_in_jax, scale=1 / 2), "by d, PyTorch by sqrt(d)"
+    ),
+    "fused attention's queries and keys": between(
+        "attention", partial(attend_in_jax, swapped=True), "swaps queries and keys"
+    ),
+    "heads repeated together": between("repeated", lambda x: jnp.tile(x, 2), "repeats all together"),
+    "corners not aligned": between("corners", lambda x: resized(x, 7, "linear"), "align_corners=True"),
+    "smoothed before it is shrunk": between("shrunk", lambda x: resized(x, 3, "linear", antialias=True), "smooths"),
+    "nearest by centres": between("nearest", lambda x: resized(x, 7, "nearest"), "nearest to its centre"),
+    "joined in reverse": between("joined", lambda x: jnp.concatenate((jnp.tanh(x), x), -1), "reverse order"),
+    "gated by the other half": between("gated", lambda x: jax.nn.sigmoid(x[..., :2]) * x[..., 2:], "first half"),
+    "layer's scale missing": between("scaled", lambda x: x, "layer's scale"),
+    "difference the other way round": between("difference", lambda x: x - jnp.tanh(x), "other way round"),
+    "sum for difference": between("difference", lambda x: jnp.tanh(x) + x, "adds what PyTorch subtracts"),
+    "sign missing": between("negated", jnp.exp, "minus sign"),
+    "maximum for mean": Fault(
+        "gated", set_on("", mean=lambda x: x.max((1, 2))), "between first and last", "takes the maximum"
     ),
     "residual missing": Fault(
         "residual", calls(join=lambda self, y, x: nnx.relu(y)), "between bn2 and fc", "summands is missing"

@@ -1,7 +1,8 @@
-"""Three small networks in both frameworks, and the faults that ports of them have: what the toolkit must find."""
+"""Small networks in both frameworks: the toolkit must find the faults that ports of them have."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -106,6 +107,7 @@ class FlaxTransformer(nnx.Module):
         self.down = nnx.Linear(16, 8, rngs=rngs)
         self.head = nnx.Linear(8, 11, rngs=rngs)
         self.scale, self.causal, self.axis, self.approximate = 0.5, True, -1, False
+        self.scores, self.merged = "bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.embed(tokens)
@@ -116,11 +118,11 @@ class FlaxTransformer(nnx.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         batch, length, width = x.shape
         q, k, v = (f(x).reshape(batch, length, 2, width // 2) for f in (self.query, self.key, self.value))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.scale
+        scores = jnp.einsum(self.scores, q, k) * self.scale
         if self.causal:
             scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=self.axis)
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
+        return jnp.einsum(self.merged, weights, v).reshape(batch, length, width)
 
 
 class TorchFlat(nn.Module):
@@ -195,6 +197,75 @@ class FlaxUpsample(nnx.Module):
         return self.fc(nnx.relu(self.up(x)).mean((1, 2)))
 
 
+class TorchBetween(nn.Module):
+    """A function between two layers."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], channels: int) -> None:
+        super().__init__()
+        self.function, self.first, self.last = function, nn.Conv2d(2, 4, 1), nn.Linear(channels, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.function(self.first(x)).mean((2, 3)))
+
+
+class FlaxBetween(nnx.Module):
+    """`TorchBetween`, ported."""
+
+    def __init__(self, function: Callable[[jax.Array], jax.Array], channels: int, rngs: nnx.Rngs) -> None:
+        self.function, self.mean = function, lambda x: x.mean((1, 2))
+        self.first, self.last = nnx.Conv(2, 4, (1, 1), rngs=rngs), nnx.Linear(channels, 5, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.last(self.mean(self.function(self.first(x))))
+
+
+def attend(x: torch.Tensor) -> torch.Tensor:
+    places = x.flatten(2).transpose(1, 2)
+    found = F.scaled_dot_product_attention(places[..., :2], places[..., 2:], places)
+    return found.transpose(1, 2).reshape(x.shape)
+
+
+def attend_in_jax(x: jax.Array, scale: float = 2**-0.5, *, swapped: bool = False) -> jax.Array:
+    places = x.reshape(len(x), -1, x.shape[-1])
+    query, key = jnp.split(places, 2, -1)[:: -1 if swapped else 1]
+    weights = jax.nn.softmax(query @ key.swapaxes(1, 2) * scale)
+    return (weights @ places).reshape(x.shape)
+
+
+def from_corner_to_corner(x: jax.Array) -> jax.Array:
+    def weights(old: int) -> jax.Array:
+        return jnp.maximum(0, 1 - jnp.abs(jnp.linspace(0, old - 1, 7, dtype=x.dtype)[:, None] - jnp.arange(old)))
+
+    return jnp.einsum("ih,jw,nhwc->nijc", weights(x.shape[1]), weights(x.shape[2]), x)
+
+
+def resized(x: jax.Array, size: int, method: str, *, antialias: bool = False) -> jax.Array:
+    return jax.image.resize(x, (len(x), size, size, x.shape[-1]), method, antialias=antialias)
+
+
+def nearest(x: jax.Array) -> jax.Array:
+    return x[:, jnp.arange(7) * x.shape[1] // 7][:, :, jnp.arange(7) * x.shape[2] // 7]
+
+
+# By name: a function in both frameworks, and how many channels it makes of four.
+BETWEEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[jax.Array], jax.Array], int]] = {
+    "corners": (lambda x: F.interpolate(x, 7, mode="bilinear", align_corners=True), from_corner_to_corner, 4),
+    "shrunk": (lambda x: F.interpolate(x, 3, mode="bilinear"), lambda x: resized(x, 3, "linear"), 4),
+    "nearest": (lambda x: F.interpolate(x, 7), nearest, 4),
+    "joined": (lambda x: torch.cat((x, x.tanh()), 1), lambda x: jnp.concatenate((x, jnp.tanh(x)), -1), 8),
+    "gated": (lambda x: F.glu(x, 1), jax.nn.glu, 2),
+    "scaled": (
+        lambda x: x * torch.arange(1, 5).to(x)[:, None, None],
+        lambda x: x * jnp.arange(1, 5, dtype=x.dtype),
+        4,
+    ),
+    "difference": (lambda x: x.tanh() - x, lambda x: jnp.tanh(x) - x, 4),
+    "negated": (lambda x: (-x).exp(), lambda x: jnp.exp(-x), 4),
+    "repeated": (lambda x: x.repeat_interleave(2, 1), lambda x: jnp.repeat(x, 2, -1), 8),
+    "attention": (attend, attend_in_jax, 4),
+}
+
+
 @dataclass
 class Case:
     """A network in both frameworks, and how it is trained."""
@@ -228,6 +299,10 @@ CASES = {
     "tied": Case(TorchTied, FlaxTied, lambda: torch.randint(7, (6, 5)), ignore=("head.weight",)),
     "upsample": Case(TorchUpsample, FlaxUpsample, images(2, 4)),
     "transformer": Case(TorchTransformer, FlaxTransformer, lambda: torch.randint(11, (6, 7))),
+    **{
+        name: Case(partial(TorchBetween, original, channels), partial(FlaxBetween, port, channels), images(2, 5))
+        for name, (original, port, channels) in BETWEEN.items()
+    },
 }
 
 

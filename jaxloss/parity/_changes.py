@@ -2,21 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-
-@dataclass(frozen=True)
-class Change:
-    """One such call: what it means, how to mend it, and the result in PyTorch."""
-
-    meaning: str
-    fix: str
-    result: Callable[[], Tensor]
+from jaxloss.parity._change import Change, Rule
+from jaxloss.parity._changes_between import BETWEEN_LAYERS
 
 
 def changes(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
@@ -260,84 +253,6 @@ def _pool(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
         )
 
 
-def _sum(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
-    a, b = args[:2]
-    for kept in (a, b):
-        if isinstance(kept, Tensor):
-            yield Change(
-                "one of two summands is missing (a residual connection?)",
-                "add both",
-                lambda kept=kept: kept.expand_as(a + b),
-            )
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        yield Change("the port subtracts what PyTorch adds", "add", lambda: a - b)
-
-
-def _factor(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
-    x, factor = args[:2]
-    if isinstance(x, Tensor) and not (isinstance(factor, Tensor) and factor.ndim):
-        word = "a division by" if "div" in function.__name__ else "a factor of"
-        yield Change(
-            f"{word} {float(factor):.4g} is missing (attention's 1/sqrt(d)?)", "scale as PyTorch does", lambda: x
-        )
-
-
-def _flatten(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
-    x = args[0]
-    if isinstance(x, Tensor) and x.ndim > 2:
-        fix = "transpose to (channels, height, width) first, or permute the next kernel's rows (flatten=)"
-        yield Change(
-            "the port flattens (height, width, channels), PyTorch (channels, height, width)",
-            fix,
-            lambda: function(x.movedim(1, -1).contiguous(), *args[1:], **kwargs),
-        )
-
-
-def _spread(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
-    x, *rest = args
-    axis, keep = kwargs.get("dim", rest[0] if rest else None), kwargs.get("keepdim", False)
-    for correction in (0, 1):
-        word = "unbiased (divided by n - 1)" if correction else "biased (divided by n)"
-        yield Change(
-            f"the port's {function.__name__} is {word}",
-            f"pass ddof={1 - correction}",
-            lambda c=correction: function(x, dim=axis, correction=c, keepdim=keep),
-        )
-
-
-def _masked(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
-    masked = next((arg for arg in args if isinstance(arg, Tensor) and arg.dtype is not torch.bool), args[0])
-
-    def inverted() -> Tensor:
-        if function.__name__.strip("_") in ("tril", "triu"):
-            kept = function(torch.ones_like(args[0], dtype=torch.bool), *args[1:], **kwargs)
-            return args[0].masked_fill(kept, 0)
-        return function(*map(_inverted, args), **{name: _inverted(value) for name, value in kwargs.items()})
-
-    yield Change("the port leaves out a mask", "mask as PyTorch does", lambda: masked.clone())
-    yield Change("the port's mask is the inverse of PyTorch's", "invert the mask", inverted)
-
-
-def _inverted(value: Any) -> Any:
-    return ~value if isinstance(value, Tensor) and value.dtype is torch.bool else value
-
-
-def _attention(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
-    def again(**other: Any) -> Callable[[], Tensor]:
-        return lambda: function(*args, **{**kwargs, **other})
-
-    causal = kwargs.get("is_causal", False)
-    yield Change(
-        "the port attends to later positions" if causal else "the port masks later positions",
-        f"{'mask' if causal else 'do not mask'} later positions",
-        again(is_causal=not causal),
-    )
-    yield Change("the port does not divide the scores by sqrt(d)", "divide the scores by sqrt(d)", again(scale=1.0))
-    yield Change("the port leaves out the attention mask", "pass the mask", again(attn_mask=None))
-    meaning = "the port's attention mask is the inverse of PyTorch's"
-    yield Change(meaning, "invert the mask", again(attn_mask=_inverted(kwargs.get("attn_mask"))))
-
-
 def _dropout(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
     """Called with the dropped array, what it was made of, and p."""
     x, source, p = args
@@ -419,19 +334,14 @@ def _at(value: Any, axis: int) -> int:
     return value[axis if len(value) > 1 else 0] if isinstance(value, tuple | list) else value
 
 
-_RULES: dict[str, Callable[..., Iterator[Change]]] = {
+_RULES: dict[str, Rule] = {
     **dict.fromkeys(("relu", "gelu", "silu", "tanh", "sigmoid", "elu", "leaky_relu", "relu6", "softplus"), _activation),
     **dict.fromkeys(("softmax", "log_softmax"), _softmax),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv),
     "linear": _linear,
     **dict.fromkeys(_NORM_ARGUMENTS, _norm),
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"), _pool),
-    **dict.fromkeys(("add", "iadd", "radd", "add_"), _sum),
-    **dict.fromkeys(("mul", "div", "truediv", "true_divide", "rmul"), _factor),
-    **dict.fromkeys(("flatten", "view", "reshape"), _flatten),
-    **dict.fromkeys(("std", "var"), _spread),
-    **dict.fromkeys(("masked_fill", "where", "tril", "triu"), _masked),
     **dict.fromkeys(("cross_entropy", "nll_loss"), _loss),
-    "scaled_dot_product_attention": _attention,
     dropped.__name__: _dropout,
+    **BETWEEN_LAYERS,
 }

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
-from jaxloss.parity._changes import Change, changes, dropped
+from jaxloss.parity._change import Change
+from jaxloss.parity._changes import changes, dropped
 from jaxloss.parity._masks import Drop
 from jaxloss.parity._pairs import Call
 from jaxloss.parity._recording import LayerCall, Recording
