@@ -13,11 +13,13 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxloss._checks import MeshAxes, Size
+from jaxloss._exp import exp_of_negative
 from jaxloss._halves import zero_unless
 from jaxloss._primitives import Primitive
 from jaxloss._row_sums import SHORT, row_sum
 
 LONG_ROW, SHORT_BLOCK = 2**15, 2**10  # classes, see `ClassAxis.sum_of`
+UNROLLED = 10, 32  # classes at least and at most, see `ClassAxis.exp`
 FEW, EVEN = 24, 64  # classes, and what divides the number of rows, see `ClassAxis.sums_in_one_pass`
 
 
@@ -120,6 +122,15 @@ class ClassAxis(NamedTuple):
         if rest:
             total += self.sum(terms(*(x if x.shape[-1] == 1 else x[..., -rest:] for x in arrays)))
         return total
+
+    def exp(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Exponentials of what is not positive, for an array in memory.
+
+        On CPU written out where rows are so short that LLVM unrolls the loop over them, unless a cast lengthens it.
+        """
+        classes = x.shape[self.position]
+        unrolled = isinstance(classes, int) and UNROLLED[0] <= classes <= UNROLLED[1] and x.dtype == jnp.float32
+        return exp_of_negative(x) if unrolled and not self.widened and self.has_whole_rows_on_cpu(x) else jnp.exp(x)
 
     def max(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Maximum over all classes, as a constant: no derivative passes through it."""

@@ -254,8 +254,10 @@ def _weighted_sum(
     (narrow,) = apart(narrow, 1)  # and of logits in a half type, their cast
 
     def terms(x: Array, top: Array, class_weights: Array, kept: Array) -> Array:
+        differences = x.astype(top.dtype) - top
+        spread = jnp.zeros_like(differences) + class_weights
         # The same weights, whose derivative is 0 in ignored rows: a scan in reverse mode drops the rule below.
-        return (x.astype(top.dtype) - top) * jnp.where(kept, class_weights, lax.stop_gradient(class_weights))
+        return differences * jnp.where(kept, spread, lax.stop_gradient(spread))
 
     return axis.sum_of(terms, narrow, axis.expand(top), class_weights, axis.expand(kept))
 

@@ -6,18 +6,17 @@ is the cast back, and that of a select a select, so that each has to be a primit
 """
 
 import operator
-from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.interpreters import ad, batching
+from jax.interpreters import ad
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from jaxloss._primitives import Primitive, make_primitive
+from jaxloss._primitives import make_elementwise
 
 
 def cast(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
@@ -75,26 +74,11 @@ def _transpose_select(cotangent: Any, mask: Array, x: Any) -> list[Any]:
     return [None, cotangent if isinstance(cotangent, ad.Zero) else zero_unless(mask, cotangent)]
 
 
-def _elementwise(name: str, function: Callable[..., Array], on_cpu: Callable[..., Array]) -> Primitive:
-    """A primitive of arrays of one shape, which `vmap` batches together."""
-
-    def batch(arrays: tuple, dims: tuple, **parameters: Any) -> tuple[Array, int]:
-        if len(set(dims)) == 1:
-            return primitive.bind(*arrays, **parameters), dims[0]
-        size = next(x.shape[dim] for x, dim in zip(arrays, dims, strict=True) if dim is not None)
-        moved = (batching.bdim_at_front(x, dim, size) for x, dim in zip(arrays, dims, strict=True))
-        return primitive.bind(*moved, **parameters), 0
-
-    primitive = make_primitive(name, function, on_cpu)
-    batching.primitive_batchers[primitive] = batch
-    return primitive
-
-
-_cast = _elementwise("cast", _convert, _convert_on_cpu)
+_cast = make_elementwise("cast", _convert, _convert_on_cpu)
 _cast.def_abstract_eval(lambda x, *_, dtype: x.update(dtype=dtype, weak_type=False))
 ad.deflinear2(_cast, _transpose)
 
-_zero_unless = _elementwise("zero_unless", _select, _select_on_cpu)
+_zero_unless = make_elementwise("zero_unless", _select, _select_on_cpu)
 _zero_unless.def_abstract_eval(lambda mask, x: x.update(weak_type=False))
 ad.defjvp(_zero_unless, None, lambda tangent, mask, x: zero_unless(mask, tangent))
 ad.primitive_transposes[_zero_unless] = _transpose_select

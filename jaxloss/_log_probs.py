@@ -75,8 +75,9 @@ def _target_and_others(
         if axis.lean:  # a cast that the gradient does not share
             narrow, top = lax.optimization_barrier((narrow, top))
             logits = narrow.astype(top.dtype)
+        exponentials = jnp.exp(logits - axis.expand(top))
         others, at_target = axis.both_sums(
-            _others(axis, logits, top, targets), jnp.where(axis.is_target(logits, targets), logits, 0)
+            axis.without_target(exponentials, targets), jnp.where(axis.is_target(logits, targets), logits, 0)
         )
     else:
         others, at_target = _sum_others(axis, logits, top, targets, narrow), axis.pick(logits, targets)
@@ -137,7 +138,7 @@ def _others(
     axis: ClassAxis, logits: Float[Array, "..."], top: Float[Array, "..."], targets: Integer[Array, "..."]
 ) -> Float[Array, "..."]:
     """exp(logits - top), 0 at the target."""
-    return axis.without_target(jnp.exp(logits - axis.expand(top)), targets)
+    return axis.without_target(axis.exp(logits - axis.expand(top)), targets)
 
 
 @_others.defjvp
@@ -207,7 +208,7 @@ def _expected_log_prob_jvp(axis: ClassAxis, primals: tuple, tangents: tuple) -> 
         if dlogits is None:
             return dlog_prob, dextra
         at_top = 1 / (1 + extra)
-        probs = jnp.exp(logits - axis.expand(again)) * axis.expand(at_top)
+        probs = axis.exp(logits - axis.expand(again)) * axis.expand(at_top)
         total = axis.sum(masses_again[1])
         ones, rest = axis.expand(total), axis.expand(-total * lax.stop_gradient(extra * at_top))
         # At a likely class p is written 1 + (p - 1), and the 1 is taken out first.

@@ -168,7 +168,7 @@ def _log_probs_jvp(axis: ClassAxis, dtype: jnp.dtype, primals: tuple, tangents: 
     ) -> tuple[Array, Array]:
         # Where 1 - p would lose digits it is written -expm1(log p), and the 1 is taken out first. The inner jit keeps
         # the transpose in that order: g - Σg vanishes exactly before p joins it.
-        probs = jnp.exp(log_probs)
+        probs = axis.exp(log_probs)
         likely = is_likely(probs)
         first, ones = jax.jit(lambda d: (d, axis.sum(jnp.where(likely, d, 0))))(dlogits)
         at_likely = axis.sum(jnp.where(likely, dlogits, 0))
