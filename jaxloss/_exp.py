@@ -12,11 +12,8 @@ from jaxtyping import Array, Float32
 from jaxloss._primitives import make_elementwise
 
 LEAST = -87.33654  # log of the smallest normal number: XLA's CPU backend takes what is less as 0 as well
-LOG2_E, LN2, LN2_REST = (
-    1.44269504,
-    0.693359375,
-    -2.12194440e-4,
-)  # the second has few digits, so that its multiples are exact
+LOG2_E = 1.44269504
+LN2, LN2_REST = 0.693359375, -2.12194440e-4  # whose sum is log 2; the first has few digits: its multiples are exact
 # The Cephes library's polynomial for (exp(x) - 1 - x) / x² on [-log 2 / 2, log 2 / 2]: https://www.netlib.org/cephes
 COEFFICIENTS = 1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1
 
