@@ -20,7 +20,8 @@ from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
 from jaxloss.parity import Report
-from parity_tests.zoo import CASES, FlaxResidual, attend_in_jax, pad, resized, run
+from jaxloss.parity._changes import changes
+from parity_tests.zoo import CASES, FlaxResidual, attend_in_jax, nearest, pad, resized, run
 
 
 @dataclass
@@ -239,6 +240,8 @@ FAULTS = {
     "heads repeated together": between("repeated", lambda x: jnp.tile(x, 2), "repeats all together"),
     "corners not aligned": between("corners", lambda x: resized(x, 7, "linear"), "align_corners=True"),
     "smoothed before it is shrunk": between("shrunk", lambda x: resized(x, 3, "linear", antialias=True), "smooths"),
+    "linear for nearest": between("nearest", lambda x: resized(x, 7, "linear"), "by bilinear, PyTorch by nearest"),
+    "nearest for linear": between("corners", nearest, "by nearest, PyTorch by bilinear"),
     "nearest by centres": between("nearest", lambda x: resized(x, 7, "nearest"), "nearest to its centre"),
     "joined in reverse": between("joined", lambda x: jnp.concatenate((jnp.tanh(x), x), -1), "reverse order"),
     "gated by the other half": between("gated", lambda x: jax.nn.sigmoid(x[..., :2]) * x[..., 2:], "first half"),
@@ -248,6 +251,9 @@ FAULTS = {
     "sign missing": between("negated", jnp.exp, "minus sign"),
     "maximum for mean": Fault(
         "gated", set_on("", mean=lambda x: x.max((1, 2))), "between first and last", "takes the maximum"
+    ),
+    "sum for mean over an image": Fault(
+        "gated", set_on("", mean=lambda x: x.sum((1, 2))), "between first and last", "takes the sum"
     ),
     "residual missing": Fault(
         "residual", calls(join=lambda self, y, x: nnx.relu(y)), "between bn2 and fc", "summands is missing"
@@ -395,6 +401,18 @@ def row(name: str) -> str:
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_found_placed_and_named(name):
     assert row(name) in TABLE.read_text().splitlines()
+
+
+@pytest.mark.parametrize("function", [torch.add, torch.sub, torch.mul, torch.div, torch.matmul, torch.bmm])
+def test_a_call_that_names_its_operands_is_changed_as_one_that_does_not(function):
+    a, b = torch.rand(2, 3, 3), torch.rand(2, 3, 3)
+    second = "mat2" if function is torch.bmm else "other"
+    expected = [change.result() for change in changes(function, (a, b), {})]
+    assert expected
+    assert not all(torch.equal(each, function(a, b)) for each in expected)
+    for args, kwargs in (((a,), {second: b}), ((), {"input": a, second: b})):
+        found = [change.result() for change in changes(function, args, kwargs)]
+        torch.testing.assert_close(found, expected)
 
 
 def test_readme_shows_what_a_report_says():

@@ -156,11 +156,8 @@ def _attention(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: d
 def _resized(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
     names = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
     given = dict(zip(names, args, strict=False)) | kwargs
-    mode, corners, smooth = (
-        given.get("mode", "nearest"),
-        bool(given.get("align_corners")),
-        given.get("antialias", False),
-    )
+    mode, corners = given.get("mode", "nearest"), bool(given.get("align_corners"))
+    smooth = given.get("antialias", False)
 
     def again(**other: Any) -> Callable[[], Tensor]:
         return lambda: function(**{**given, **other})
@@ -187,12 +184,23 @@ def _resized(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dic
             yield Change(meaning, fix, again(mode=other, **options))
 
 
+def _of_operands(rule: Rule) -> Rule:
+    """The rule, for calls that name operands too, as `torch.bmm(a, mat2=b)` does."""
+
+    def positional(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+        named = [kwargs[name] for name in ("input", "other", "mat2") if name in kwargs]
+        others = {name: value for name, value in kwargs.items() if name not in ("input", "other", "mat2")}
+        return rule(function, (*args, *named), others)
+
+    return positional
+
+
 BETWEEN_LAYERS: dict[str, Rule] = {
-    **dict.fromkeys(("add", "iadd", "radd"), _sum),
-    **dict.fromkeys(("sub", "isub", "rsub"), _difference),
-    "neg": _negative,
-    **dict.fromkeys(("mul", "imul", "rmul", "div", "truediv", "true_divide"), _factor),
-    **dict.fromkeys(("matmul", "bmm"), _product),
+    **dict.fromkeys(("add", "iadd", "radd"), _of_operands(_sum)),
+    **dict.fromkeys(("sub", "isub", "rsub"), _of_operands(_difference)),
+    "neg": _of_operands(_negative),
+    **dict.fromkeys(("mul", "imul", "rmul", "div", "truediv", "true_divide"), _of_operands(_factor)),
+    **dict.fromkeys(("matmul", "bmm"), _of_operands(_product)),
     **dict.fromkeys(("cat", "concat", "concatenate"), _joined),
     "glu": _gated,
     "repeat_interleave": _repeated,
