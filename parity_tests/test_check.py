@@ -310,21 +310,6 @@ def linear() -> tuple[nn.Module, nnx.Module]:
     return original, load_torch(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), original.state_dict())
 
 
-def test_loss_may_be_a_module_with_weights(parity):
-    weight = torch.tensor([0.5, 1.0, 2.0])
-    losses = nn.CrossEntropyLoss(weight=weight), jaxloss.CrossEntropyLoss(weight=weight.numpy())
-    parity.check(*linear(), torch.randn(5, 4), losses=losses, steps=1)
-    assert losses[0].weight.dtype is torch.float32
-
-
-@pytest.mark.parametrize("factor", [1.0, 1 + 1e-9], ids=["right", "wrong"])
-def test_gradient_of_the_loss_may_be_the_same_everywhere(factor):
-    losses = lambda outputs, targets: outputs.mean(), lambda outputs, targets: outputs.mean() * factor
-    report = parity.check(*linear(), torch.randn(5, 4), losses=losses, steps=1)
-    assert report.ok is (factor == 1), str(report)
-    assert ("loss", "gradient") in {(finding.place, finding.quantity) for finding in report.findings}
-
-
 @pytest.mark.parametrize(
     ("inputs", "targets"), [(jnp.bfloat16, np.int64), (jnp.float32, np.int32), (jnp.float32, np.uint8)]
 )

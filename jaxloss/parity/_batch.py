@@ -1,13 +1,15 @@
 """The batch as the port takes it: inputs in its layout, targets, and the scalar that is differentiated."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxloss.parity._layout import Layout, same
+import jaxloss
+from jaxloss.parity._layout import Layout, Shape, same
 from jaxloss.parity._recording import Recording
 
 FlaxLoss = Callable[..., jax.Array]
@@ -57,11 +59,24 @@ class Batch:
             return jnp.vdot(jnp.asarray(self.layout.to_flax(self._multipliers), outputs.dtype), outputs)
         targets = self._targets
         assert targets is not None
+        loss = partial(self._loss, axis=1) if self._has_classes_first(targets) else self._loss
         if jnp.issubdtype(targets.dtype, jnp.floating):
             targets = self.layout.to_flax(targets) if self.layout and targets.shape == self.layout.merged else targets
-            return self._loss(outputs, jnp.array(targets, outputs.dtype))
+            return loss(outputs, jnp.array(targets, outputs.dtype))
         # A copy, because JAX remembers the array itself as the int64 constant that it is in float64's runs.
-        return self._loss(outputs, jnp.array(np.array(targets)))
+        return loss(outputs, jnp.array(np.array(targets)))
+
+    def _has_classes_first(self, targets: np.ndarray) -> bool:
+        """Whether the loss has to be told that the port has the classes where PyTorch has them, on axis 1."""
+        layout = self.layout
+        if self._loss not in (jaxloss.cross_entropy, jaxloss.nll_loss) or layout is None or len(layout.shape) < 3:
+            return False
+        return layout == same(layout.merged) and not classes_are_last(layout.merged, targets.shape)
+
+
+def classes_are_last(outputs: Shape, targets: Shape) -> bool:
+    """Whether class indices leave out the outputs' last axis, as language models have it, and not PyTorch's axis 1."""
+    return len(outputs) > 2 and tuple(targets) == tuple(outputs[:-1]) != (*outputs[:1], *outputs[2:])
 
 
 def parts(batch: Any) -> list[Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from jaxloss.parity._batch import parts
+from jaxloss.parity._batch import classes_are_last, parts
 from jaxloss.parity._compare import relative
 from jaxloss.parity._original import Original
 from jaxloss.parity._recording import ModuleFacts, Noise, Recording, Sketches, Source, State, Trajectory, sketch
@@ -103,17 +103,26 @@ class Live:
             numbers = np.random.default_rng(self.seed).normal(size=tuple(outputs.shape))
             return (outputs * torch.from_numpy(numbers).to(outputs.dtype)).sum()
         if self.targets is None:
-            self._notes.append("No targets were given: classes are drawn, equally likely.")
-            shape = tuple(outputs.shape[:1] + outputs.shape[2:]) if outputs.ndim > 1 else ()
-            classes = outputs.shape[min(outputs.ndim - 1, 1)]
-            self.targets = torch.tensor(np.random.default_rng(self.seed).integers(classes, size=shape))
+            axis = self._class_axis(outputs)
+            where = f" of axis {axis}" if outputs.ndim > 2 else ""
+            self._notes.append(f"No targets were given: classes{where} are drawn, equally likely.")
+            shape = outputs.shape[:axis] + outputs.shape[axis + 1 :]
+            self.targets = torch.tensor(np.random.default_rng(self.seed).integers(outputs.shape[axis], size=shape))
         targets = self.targets
+        if _takes_classes(self._loss) and classes_are_last(outputs.shape, targets.shape):
+            outputs = outputs.movedim(-1, 1)
         if targets.is_floating_point():
             targets = targets.to(outputs.dtype)
         elif targets.dtype.is_signed:
             targets = targets.long()  # JAX's integers are int32, of which PyTorch takes no classes
         loss = self._loss
         return (copy.deepcopy(loss).to(outputs.dtype) if isinstance(loss, nn.Module) else loss)(outputs, targets)
+
+    def _class_axis(self, outputs: Tensor) -> int:
+        """PyTorch's, or the last of more than two where the last layer has its channels there."""
+        layers = [module for module in self.module.modules() if any(True for _ in module.parameters(recurse=False))]
+        in_torch = min(outputs.ndim - 1, 1)
+        return in_torch if not layers or isinstance(layers[-1], _CHANNELS_FIRST) else outputs.ndim - 1
 
     def trainee(self, dtype: str = "float64") -> tuple[Original, torch.optim.Optimizer]:
         """A fresh copy of the original with its optimizer; with Adam if there is none."""
@@ -199,6 +208,10 @@ def _name(loss: TorchLoss | None) -> str | None:
         return None
     name = getattr(loss, "__name__", type(loss).__name__)
     return name if getattr(F, name, None) is loss else re.sub(" at 0x[0-9a-f]+", "", f"{loss!r}")
+
+
+def _takes_classes(loss: TorchLoss) -> bool:
+    return loss in (F.cross_entropy, F.nll_loss) or isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss)
 
 
 def _optimizer_name(optimizer: torch.optim.Optimizer | None) -> str:

@@ -67,7 +67,8 @@ def check(
         ignore: names of weights or buffers that the port does not need, like a causal mask; of the port's variables
             that are no nnx.Param and in no state_dict, like those of non-persistent buffers; or patterns, `"*.mask"`.
         losses: PyTorch's and JAX's, each called with outputs and targets. With None, outputs are multiplied by random
-            numbers and summed.
+            numbers and summed. Where targets have the outputs' shape without its last axis, as of a language model,
+            `cross_entropy` and `nll_loss` take the classes from there, else from PyTorch's axis 1.
         optimizers: one of PyTorch's over `torch_module.parameters()`, and its optax counterpart. By default
             `torch.optim.Adam` and `optax.adam`, with rate 1e-3.
         steps: how many steps are taken with them on the batch; 0 for none.
@@ -151,7 +152,8 @@ def record(
         torch_module: the original. Copied, never changed.
         torch_batch: one tensor or array; or a tuple of the module's inputs, and last, if there is a loss, the targets.
             A small one: the file grows with it.
-        loss: called with outputs and targets. With None, outputs are multiplied by random numbers and summed.
+        loss: called with outputs and targets, as in `check`. With None, outputs are multiplied by random numbers and
+            summed.
         optimizer: one of PyTorch's over `torch_module.parameters()`. By default `torch.optim.Adam` with rate 1e-3.
         steps: how many steps are taken with it on the batch; 0 for none.
         train: train mode instead of evaluation.
