@@ -165,6 +165,8 @@ def targets(
 def _shape(value: Any) -> tuple | None:
     try:
         return np.shape(value)
+    except jax.errors.TracerArrayConversionError:  # a list with traced values
+        return jnp.shape(jnp.asarray(value))
     except ValueError:  # a ragged sequence
         return None
 
@@ -200,9 +202,13 @@ def index_targets(
     if not limit.min < integer(name, "ignore_index", ignore_index) < limit.max:
         raise ValueError(f"{name}: ignore_index must fit in int32, got {ignore_index}.")
     targets = _held(targets)
+    if isinstance(targets, np.ma.MaskedArray):
+        raise TypeError(f"{name}: targets must not be a masked array: fill it with ignore_index, targets.filled(-100).")
     if not isinstance(targets, jax.Array | np.ndarray):
         try:
             targets = np.asarray(targets)
+        except jax.errors.TracerArrayConversionError:  # a list of traced scalars
+            targets = jnp.asarray(targets)
         except ValueError as error:
             raise TypeError(f"{name}: targets must be an array of integers, got a ragged sequence.") from error
     _index_dtype(name, targets.dtype, values, argument)

@@ -16,7 +16,7 @@ from jaxloss._class_axis import ClassAxis, apart
 from jaxloss._halves import cast
 from jaxloss._log_probs import expected_log_prob, target_log_prob
 from jaxloss._log_softmax import ROWS, accumulator_dtype, from_rows, peaks_of_rows
-from jaxloss._nll import Reduction, reduce_rows, weigh_rows
+from jaxloss._nll import Reduction, as_split, reduce_rows, weigh_rows
 
 # Elements from which on exponentials in float32, for the gradient of bfloat16, are not stored: these would take fresh
 # pages from the operating system at every call, and computing them twice takes half as long.
@@ -137,7 +137,7 @@ def _cross_entropy(
     axis: ClassAxis,
     dtype: jnp.dtype,
 ) -> Float[Array, "..."]:
-    targets, weight = _as_split(axis, logits, targets, weight)
+    targets, weight = as_split(axis, logits, targets, weight)
     wide = _checks.promote(accumulator_dtype(logits), dtype)
     label_smoothing, z_loss = (None if x is None else jnp.asarray(x, wide) for x in (label_smoothing, z_loss))
     options = (weight, label_smoothing, z_loss)
@@ -150,19 +150,6 @@ def _cross_entropy(
         return loss.astype(dtype)
     index_loss = from_rows(_index_loss, static_argnums=(0, 2, 7, 8))
     return index_loss(axis, logits, wide, targets, *options, ignore_index, reduction).astype(dtype)
-
-
-def _as_split(axis: ClassAxis, logits: Array, targets: Array, weight: Array | None) -> tuple[Array, Array | None]:
-    """Targets and weight on the logits' own explicit mesh axes, without which elementwise arithmetic is ambiguous."""
-    spec = list(jax.typeof(logits).sharding.spec)
-    by_class = spec[axis.position : axis.position + 1]
-    rows = spec if targets.ndim == logits.ndim else spec[: axis.position] + spec[axis.position + 1 :]
-
-    def place(x: Array, wanted: list) -> Array:
-        same = list(jax.typeof(x).sharding.spec) == wanted
-        return x if same else jax.sharding.reshard(x, jax.sharding.PartitionSpec(*wanted))
-
-    return place(targets, rows), None if weight is None else place(weight, by_class)
 
 
 def losses_of_rows(

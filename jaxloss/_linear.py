@@ -92,7 +92,8 @@ def linear_cross_entropy(
     their features or over the tokens' own mesh axis, and tokens of an Auto axis whose devices do not divide a slab
     (the largest size in the budget that divides the tokens, preferring powers of two). Explicit axes and `shard_map`
     add up the weight's gradient once, Auto axes once a slab. A vocabulary that does not divide the mesh is padded with
-    `linear_bias=-inf` (and zero `linear_weight`): same loss, gradient 0 there, but no label smoothing.
+    `linear_bias=-inf` (and zero `linear_weight`): same loss, gradient 0 there, but no label smoothing. A `vmap` over an
+    array axis that an Explicit mesh splits raises: reshape that axis into the tokens, or use `jax.shard_map`.
 
     Examples:
         >>> import jax.numpy as jnp, jaxloss

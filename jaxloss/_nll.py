@@ -90,11 +90,25 @@ def _nll_loss(
     axis: int,
 ) -> Float[Array, "..."]:
     class_axis = ClassAxis(axis)
+    targets, weight = as_split(class_axis, log_probs, targets, weight)
     values = accumulator(class_axis.pick(log_probs, targets, spread=True))
     kept, row_weights = weigh_rows(class_axis, class_axis.size(log_probs), targets, weight, ignore_index, values.dtype)
     losses = jnp.where(kept, -row_weights * values, 0)
     (loss,) = reduce_rows([losses], row_weights, reduction)
     return loss.astype(log_probs.dtype)
+
+
+def as_split(axis: ClassAxis, x: Array, targets: Array, weight: Array | None) -> tuple[Array, Array | None]:
+    """Targets and weight on the explicit mesh axes of `x`, without which elementwise arithmetic is ambiguous."""
+    spec = list(jax.typeof(x).sharding.spec)
+    by_class = spec[axis.position : axis.position + 1]
+    rows = spec if targets.ndim == x.ndim else spec[: axis.position] + spec[axis.position + 1 :]
+
+    def place(array: Array, wanted: list) -> Array:
+        same = list(jax.typeof(array).sharding.spec) == wanted
+        return array if same else jax.sharding.reshard(array, jax.sharding.PartitionSpec(*wanted))
+
+    return place(targets, rows), None if weight is None else place(weight, by_class)
 
 
 def weigh_rows(
@@ -145,7 +159,7 @@ def reduce_rows(
         return losses
     if reduction == "sum":
         return [jnp.sum(each) for each in losses]
-    if has_at_least(1025, row_weights):
+    if has_at_least(1025, row_weights) or on_explicit_mesh(losses[0]):  # whose rows may be split otherwise
         divisor = jnp.sum(row_weights)
         return [jnp.sum(each) / divisor for each in losses]
     # With few rows every operation of the compiled program counts: one less is 4 % at 128 x 10.

@@ -253,3 +253,38 @@ def test_vmap_of_weighted_rows_on_an_explicit_mesh():
         rows = jax.device_put(logits, NamedSharding(mesh, P("x", None)))
         split = jax.device_put(targets, NamedSharding(mesh, P("x")))
         np.testing.assert_allclose(jax.device_get(jax.jit(function)(rows, split)), expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "nll_loss", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_vmap_over_a_split_axis_of_an_explicit_mesh(loss, reduction):
+    """With targets that all examples share, and are not on the mesh."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5, 6)), jnp.float32)
+    weight, labels = jnp.linspace(0.5, 1.5, 6), jnp.array([0, 5, -100, 2, 1])
+    targets = jax.nn.one_hot(labels, 6) if loss == "probabilities" else labels
+    call = jaxloss.nll_loss if loss == "nll_loss" else jaxloss.cross_entropy
+    function = jax.vmap(jax.value_and_grad(lambda z: call(z, targets, weight=weight, reduction=reduction)))
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        found = jax.jit(function)(jax.device_put(logits, NamedSharding(mesh, P("x"))))
+    assert_trees_close(jax.device_get(found), jax.device_get(function(logits)))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("spec", [P(), P("d"), P("d", "m"), P(None, ("d", "m")), P("m")], ids=str)
+def test_nll_loss_and_kl_div_take_targets_that_are_split_otherwise(spec, reduction):
+    log_probs, targets, weight = make_inputs("index")
+    _, masses, _ = make_inputs("probability")
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(log_probs, NamedSharding(mesh, spec))
+        for place in (P(), P("d")):
+            labels, weights, probabilities = (
+                jax.device_put(x, NamedSharding(mesh, place)) for x in (targets, weight, masses)
+            )
+            found = jaxloss.nll_loss(split, labels, weight=weights, reduction=reduction)
+            expected = jaxloss.nll_loss(log_probs, targets, weight=weight, reduction=reduction)
+            np.testing.assert_allclose(jax.device_get(found), expected, rtol=2e-6)
+            found = jaxloss.kl_div(split, probabilities, reduction=reduction)
+            expected = jaxloss.kl_div(log_probs, masses, reduction=reduction)
+            np.testing.assert_allclose(jax.device_get(found), expected, rtol=2e-6)

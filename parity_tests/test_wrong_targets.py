@@ -135,3 +135,25 @@ def test_negative_label_smoothing_is_an_error():
 def test_bool_targets_are_a_type_error():
     with pytest.raises(TypeError, match=r"targets must be integers .*got bool"):
         jaxloss.cross_entropy(LOGITS, np.array([True, False, True, False]))
+
+
+@pytest.mark.parametrize("loss", [jaxloss.cross_entropy, jaxloss.nll_loss], ids=["cross_entropy", "nll_loss"])
+def test_masked_targets_are_a_type_error(loss):
+    targets = np.ma.array([0, 1, 2, 3], mask=[True, False, False, False])
+    with pytest.raises(TypeError, match=r"targets must not be a masked array.*filled\(-100\)"):
+        loss(LOGITS, targets)
+    assert np.isfinite(loss(LOGITS, targets.filled(-100)))
+
+
+@pytest.mark.parametrize("loss", [jaxloss.cross_entropy, jaxloss.nll_loss], ids=["cross_entropy", "nll_loss"])
+def test_targets_may_be_a_list_of_traced_values(loss):
+    expected = loss(LOGITS, np.array([0, 1, 2, 3]))
+    np.testing.assert_allclose(jax.jit(lambda *t: loss(LOGITS, list(t)))(0, 1, 2, 3), expected)
+    assert np.isnan(jax.jit(lambda *t: loss(LOGITS, list(t)))(0, 1, 2, 5))
+
+
+def test_probabilities_may_be_a_list_with_traced_values():
+    rows = jnp.full(5, 0.2)
+    gradient = jax.grad(lambda row: jaxloss.cross_entropy(LOGITS, [row, rows, rows, rows]))(rows)
+    whole = jax.grad(lambda rows: jaxloss.cross_entropy(LOGITS, rows))(jnp.full((4, 5), 0.2))
+    np.testing.assert_allclose(gradient, whole[0])
