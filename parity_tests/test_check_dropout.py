@@ -23,7 +23,7 @@ def test_dropout_that_the_original_has_not_is_found():
     assert parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), **options).ok
     report = parity.check(original, Port(nnx.Rngs(0)), torch.randn(5, 4), train=True, **options)
     assert report.first_divergence.place == "between fc and the output"
-    assert "drops 1 times in a run, PyTorch 0 times" in report.first_divergence.diagnosis
+    assert "Here the port drops once, PyTorch never" in report.first_divergence.diagnosis
 
 
 def test_dropout_that_is_missing_elsewhere_is_no_reason():
@@ -49,7 +49,7 @@ def test_dropout_that_is_missing_elsewhere_is_no_reason():
     original = Original()
     for exact, place, says in (
         (False, "between a and b", "gelu with approximate=True"),
-        (True, "between b and c", "drops 0 times in a run, PyTorch 1 times"),
+        (True, "between b and c", "Here the port drops never, PyTorch once"),
     ):
         report = parity.check(original, Port(exact=exact), torch.randn(5, 4), train=True, steps=0, dtypes=["float64"])
         assert report.first_divergence.place == place
@@ -82,3 +82,48 @@ def test_attention_dropout_is_named_and_alpha_dropout_in_eval_mode_is_not():
         named = [note for note in report.notes if "draws random numbers" in note]
         assert len(named) == train
         assert all("scaled_dot_product_attention" in note for note in named)
+
+
+def test_dropout_in_another_place_is_counted_where_it_is():
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c(self.b(nn.functional.dropout(self.a(x), 0.5, self.training)))
+
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.a, self.b, self.c = (nnx.Linear(4, size, rngs=rngs) for size in (4, 4, 3))
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.c(self.b(self.a(self.dropout(x))))
+
+    report = parity.check(Original(), Port(nnx.Rngs(0)), torch.randn(5, 4), train=True, steps=0, dtypes=["float64"])
+    assert report.first_divergence.place == "between the input and a"
+    assert "Here the port drops once, PyTorch never" in report.first_divergence.diagnosis
+
+
+def test_dropout_inside_of_a_function_is_no_reason_to_accuse_the_port():
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.fc(x)
+            return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5 * self.training)
+
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.fc, self.dropout = nnx.Linear(4, 4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = self.fc(x)
+            return self.dropout(jax.nn.softmax(x @ x.swapaxes(-1, -2) / 2)) @ x
+
+    report = parity.check(Original(), Port(nnx.Rngs(0)), torch.randn(2, 5, 4), train=True, steps=0, dtypes=["float64"])
+    assert any("only those of dropout are given to the port" in note for note in report.notes)
+    assert "drops" not in report.first_divergence.diagnosis

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 import torch
 from flax import nnx
@@ -188,3 +189,32 @@ def test_unknown_dtypes_are_refused_at_once(dtypes):
     with pytest.raises(ValueError, match="dtypes must be a sequence of bfloat16, float16, float32, float64, got"):
         parity.check(original, port, torch.randn(5, 4), dtypes=dtypes, progress=stages.append)
     assert not stages
+
+
+def test_steps_below_0_are_refused():
+    with pytest.raises(ValueError, match="steps must be 0 or more, got -1"):
+        check_small(torch.randn(5, 4), steps=-1)
+
+
+@pytest.mark.parametrize("pair", [nn.functional.cross_entropy, (nn.functional.cross_entropy,)], ids=["alone", "one"])
+def test_losses_and_optimizers_are_pairs(pair):
+    for name in ("losses", "optimizers"):
+        with pytest.raises(TypeError, match=f"{name} must be a pair, PyTorch's and JAX's"):
+            check_small(torch.randn(5, 4), **{name: pair})
+
+
+def test_optimizers_in_another_order_are_refused():
+    module, port = small()
+    pair = optax.adam(1e-3), torch.optim.Adam(module.parameters())
+    with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer: it comes first, then optax's"):
+        parity.check(module, port, torch.randn(5, 4), optimizers=pair)
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_channels_first_inputs_of_3_and_5_dimensions_are_explained(axes):
+    original = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1](3, 2, 1)
+    port = parity.load_torch(nnx.Conv(3, 2, (1,) * axes, rngs=nnx.Rngs(0)), original.state_dict())
+    batch = torch.randn(2, 3, *(4, 5, 6)[:axes])
+    with pytest.raises(ValueError, match="pass flax_batch if its channels are last"):
+        parity.check(original, port, batch)
+    assert parity.check(original, port, batch, np.moveaxis(batch.numpy(), 1, -1), steps=0).ok

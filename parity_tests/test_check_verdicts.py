@@ -113,3 +113,43 @@ def test_a_line_names_six_of_the_tensors_that_failed_at_a_place():
     line = "FAIL step 1: 0.bias, 1.bias, 2.bias, 3.bias, 4.bias, 5.bias and 3 more; worst"
     assert line in str(parity.Report(findings))
     assert "5.bias; worst" in str(parity.Report(findings[:6]))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_flaxs_fast_variance_is_named_where_float32_shows_it(fast):
+    original = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 5))
+    rngs = nnx.Rngs(0)
+    norm = nnx.LayerNorm(64, epsilon=1e-5, use_fast_variance=fast, rngs=rngs)
+    torch.manual_seed(0)
+    report = parity.check(
+        original, nnx.Sequential(norm, nnx.Linear(64, 5, rngs=rngs)), torch.randn(32, 64) + 10, steps=0
+    )
+    assert report.ok is not fast, str(report)
+    if fast:
+        first = report.first_divergence
+        assert (first.place, first.kind, first.fix) == ("0", "precision", "pass use_fast_variance=False")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradient_of_a_maximum_behind_a_norm_is_no_fault(seed, parity):
+    """XLA may round a norm twice, otherwise: then no element equals the maximum."""
+
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.fc = nn.Linear(3, 16), nn.LayerNorm(16), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(torch.relu(self.norm(self.a(x))).amax(1))
+
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.a, self.fc = nnx.Linear(3, 16, rngs=rngs), nnx.Linear(16, 4, rngs=rngs)
+            self.norm = nnx.LayerNorm(16, epsilon=1e-5, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.fc(nnx.relu(self.norm(self.a(x))).max(1))
+
+    torch.manual_seed(seed)
+    batch = torch.randn(4, 20, 3), torch.randint(4, (4,))
+    parity.check(Original(), Port(nnx.Rngs(0)), batch, steps=3, dtypes=["float64"])

@@ -287,3 +287,24 @@ def test_aliased_weights_are_found():
     port.bias.set_value(jnp.from_dlpack(weight))
     report = parity.check(module, port, torch.randn(5, 4), steps=0, dtypes=["float64"])
     assert "shares PyTorch's memory" in report.first_divergence.problem
+
+
+def test_bias_never_copied_is_not_taken_for_a_norms_initial_one():
+    original = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8))
+    norm = nnx.LayerNorm(8, epsilon=1e-5, rngs=nnx.Rngs(0))
+    port = parity.load_torch(nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), norm), original.state_dict())
+    port.layers[0].bias.set_value(jnp.zeros(8))
+    report = parity.check(original, port, torch.randn(5, 6), steps=0, dtypes=["float64"])
+    assert report.first_divergence.diagnosis == "The port's bias is still the initial 0: it was never copied."
+
+
+def test_parametrised_weight_says_what_pytorch_makes_it_of():
+    original = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)))
+    port = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="remove_parametrizations") as error:
+        parity.load_torch(port, original.state_dict())
+    assert str(error.value).count("remove_parametrizations") == 1
+    report = parity.check(original, port, torch.randn(5, 4), steps=0, dtypes=["float64"])
+    assert "PyTorch computes a weight from it" in report.first_divergence.problem
+    nn.utils.parametrize.remove_parametrizations(original[0], "weight")
+    assert parity.check(original, port, torch.randn(5, 4), steps=0, dtypes=["float64"]).ok

@@ -67,6 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez(tmp_path / "batch.npz", inputs=random.normal(size=(5, 4)).astype("float32"), targets=np.arange(5) % 3)
     np.savez(tmp_path / "other.npz", inputs=random.normal(size=(5, 4)).astype("float32"), extra=np.ones(2))
     np.savez(tmp_path / "several.npz", a=np.ones((5, 4)), b=np.ones((5, 4)))
+    np.savez(tmp_path / "half.npz", a=np.ones((5, 4)), b=np.ones((5, 4)), flax_a=np.ones((5, 4)), targets=np.arange(5))
     np.savez(tmp_path / "empty.npz")
     (tmp_path / "script.py").write_text("raise SystemExit(0)")
     np.savez(tmp_path / "pickled.npz", inputs=np.array([print], dtype=object))
@@ -94,10 +95,18 @@ def test_equal_models_exit_0_and_the_report_is_written(folder, monkeypatch, caps
 
 
 def test_report_is_told_even_where_it_cannot_be_written(folder, monkeypatch, capsys):
-    assert run(monkeypatch, "check", "pair:original", "pair:port", *QUICK, "--html", "nowhere/out.html") == 2
+    assert run(monkeypatch, "check", "pair:original", "pair:port", *QUICK, "--html", "x" * 300) == 2
     told = capsys.readouterr()
     assert told.out.startswith("ok: ")
-    assert "nowhere/out.html" in told.err
+    assert "xxx" in told.err
+
+
+@pytest.mark.parametrize("path", ["nowhere/out.html", "."], ids=["no folder", "a folder"])
+def test_report_that_can_go_nowhere_is_refused_before_anything_is_compared(folder, monkeypatch, capsys, path):
+    assert run(monkeypatch, "check", "pair:original", "pair:port", *QUICK, "--html", path) == 2
+    told = capsys.readouterr()
+    assert not told.out
+    assert f"{path} cannot be written: " in told.err
 
 
 def test_buffers_to_ignore_and_names_can_be_given(folder, monkeypatch, capsys):
@@ -139,7 +148,8 @@ def test_different_models_exit_1_and_say_where(folder, monkeypatch, capsys):
         ("pair:port", "several.npz", 'no "targets"'),
         ("pair:port", "empty.npz", "holds no inputs"),
         ("pair:port", "pickled.npz", "allow_pickle=False"),
-        ("pair:port", "pair.py", ""),
+        ("pair:port", "half.npz", "half.npz holds some inputs as flax_NAME, but no flax_b"),
+        ("pair:port", "pair.py", "pair.py is no .npz file"),
     ],
 )
 def test_what_cannot_be_compared_exits_2(folder, monkeypatch, capsys, port, batch, says):

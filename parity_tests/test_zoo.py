@@ -21,7 +21,19 @@ from torch.nn import functional as F  # noqa: N812
 import jaxloss
 from jaxloss.parity import Report
 from jaxloss.parity._changes import changes
-from parity_tests.zoo import CASES, FlaxResidual, attend_in_jax, nearest, pad, resized, run
+from parity_tests.zoo import (
+    CASES,
+    FlaxResidual,
+    attend_in_jax,
+    by_root_mean_square,
+    gru,
+    lstm,
+    nearest,
+    normalised,
+    pad,
+    resized,
+    run,
+)
 
 
 @dataclass
@@ -160,9 +172,40 @@ def optimizer(kind: Callable[..., Any], ours: Any, says: str, *, step: int = 1, 
     return Fault("flat", nothing, f"step {step}", says, options={"steps": 3}, optimizers=pair)
 
 
+def recurrent(step: Callable[..., Any], says: str, **options: Any) -> Fault:
+    """Another step of an LSTM or a GRU."""
+    place = "between the input and head"
+    return Fault(step.__name__, set_on("", step=partial(step, **options)), place, says)
+
+
+def without_bias_hh(port: Any, original: Any) -> None:
+    def call(self: Any, x: Any, h: Any) -> Any:
+        return x @ self.weight_ih_l0.T + self.bias_ih_l0, h @ self.weight_hh_l0.T
+
+    calls(__call__=call)(port.rnn, original)
+
+
+def without_norm2(port: Any, original: Any) -> Any:
+    def call(self: Any, tokens: Any) -> Any:
+        x = self.embed(tokens)
+        x = x + self.proj(self.attend(self.norm1(x)))
+        return self.head((x + self.down(jax.nn.gelu(self.up(x), approximate=False)))[:, -1])
+
+    return calls(__call__=call)(port, original)
+
+
+def by_running_statistics(port: Any, original: Any) -> None:
+    call = lambda self, x: nnx.BatchNorm.__call__(self, x, use_running_average=True)  # noqa: E731
+    calls(__call__=call)(port.bn1, original)
+
+
 def between(case: str, function: Callable[[Any], Any], says: str) -> Fault:
     """Another function between two layers."""
     return Fault(case, set_on("", function=function), "between first and last", says)
+
+
+def masked(kept: Any) -> Callable[[Any], Any]:
+    return partial(attend_in_jax, mask=kept)
 
 
 TRAIN = {"train": True}
@@ -237,6 +280,9 @@ FAULTS = {
     "fused attention's queries and keys": between(
         "attention", partial(attend_in_jax, swapped=True), "swaps queries and keys"
     ),
+    "earlier positions masked": between("causal", masked(jnp.tri(25, dtype=bool).T), "masks earlier positions"),
+    "mask off by one": between("causal", masked(jnp.tri(25, k=1, dtype=bool)), "see the next"),
+    "masked scores of 0": Fault("transformer", set_on("", filler=0.0), "between value and proj", "with 0, PyTorch"),
     "heads repeated together": between("repeated", lambda x: jnp.tile(x, 2), "repeats all together"),
     "corners not aligned": between("corners", lambda x: resized(x, 7, "linear"), "align_corners=True"),
     "smoothed before it is shrunk": between("shrunk", lambda x: resized(x, 3, "linear", antialias=True), "smooths"),
@@ -289,6 +335,22 @@ FAULTS = {
         "between bn2 and fc",
         "pools maxima",
     ),
+    "adaptive pool of maxima": between("pooled", lambda x: x.max((1, 2), keepdims=True), "pools maxima"),
+    "layer norm for group norm": between("groups", lambda x: normalised(x, (3,)), "each position over the channels"),
+    "one group for instance norm": between("instances", lambda x: normalised(x, (1, 2, 3)), "all channels together"),
+    "epsilon by hand": between(
+        "root", partial(by_root_mean_square, epsilon=1e-6), "epsilon of 1e-06, PyTorch of 1e-05"
+    ),
+    "a constant of ten digits": between("negated", lambda x: jnp.exp(-x) * (1 + 1e-10), "less than 1e-9"),
+    "gate's activation": Fault("swiglu", set_on("", activation=nnx.relu), "between up and down", "relu where PyTorch"),
+    "layer left out": Fault("transformer", without_norm2, "between proj and up", "PyTorch calls norm2 here"),
+    "layer of another shape": Fault(
+        "upsample", set_on("up", padding="SAME"), "between the input and fc", "up returns (6, 8, 8, 3)"
+    ),
+    "LSTM's gates in Haiku's order": recurrent(lstm, "the forget gate for the cell gate", order="igfo"),
+    "forget gate raised": recurrent(lstm, "adds 1 to the forget gate", forget=1.0),
+    "second bias missing": Fault("gru", without_bias_hh, "between the input and head", "leaves out bias_hh"),
+    "GRU's gates swapped": recurrent(gru, "the reset gate for the update gate", order="zrn"),
     "softmax twice": Fault("cnn", after(jax.nn.softmax), "between fc and the output", "applies softmax"),
     "logits for NLL": Fault("net", without_log_softmax, "between fc2 and the output", "leaves out log_softmax"),
     "loss of probabilities": Fault(
@@ -314,6 +376,9 @@ FAULTS = {
     "batch norm momentum": Fault(
         "residual", set_on("bn1", momentum=0.1), "bn1", "takes PyTorch's momentum", options=TRAIN
     ),
+    "running statistics in training": Fault(
+        "residual", by_running_statistics, "bn1", "normalises by running statistics", options=TRAIN
+    ),
     "biased running variance": Fault(
         "residual",
         lambda port, original: setattr(port.bn2, "__class__", nnx.BatchNorm),
@@ -327,7 +392,7 @@ FAULTS = {
     "dropout of elements": Fault(
         "net", set_on("conv2_drop", broadcast_dims=()), "between conv2 and fc1", "drops elements", options=TRAIN
     ),
-    "left in eval mode": Fault("net", eval_for_ever, "between conv2 and fc1", "drops 0 times", options=TRAIN),
+    "left in eval mode": Fault("net", eval_for_ever, "between conv2 and fc1", "drops never", options=TRAIN),
     "flatten order": Fault(
         "flat", change("fc.kernel", rows_in_torchs_order), "between conv and fc", "flattens (height, width, channels)"
     ),

@@ -106,7 +106,7 @@ class FlaxTransformer(nnx.Module):
         self.up = nnx.Linear(8, 16, rngs=rngs)
         self.down = nnx.Linear(16, 8, rngs=rngs)
         self.head = nnx.Linear(8, 11, rngs=rngs)
-        self.scale, self.causal, self.axis, self.approximate = 0.5, True, -1, False
+        self.scale, self.causal, self.axis, self.approximate, self.filler = 0.5, True, -1, False, -jnp.inf
         self.scores, self.merged = "bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -120,7 +120,7 @@ class FlaxTransformer(nnx.Module):
         q, k, v = (f(x).reshape(batch, length, 2, width // 2) for f in (self.query, self.key, self.value))
         scores = jnp.einsum(self.scores, q, k) * self.scale
         if self.causal:
-            scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
+            scores = jnp.where(jnp.tri(length, dtype=bool), scores, self.filler)
         weights = jax.nn.softmax(scores, axis=self.axis)
         return jnp.einsum(self.merged, weights, v).reshape(batch, length, width)
 
@@ -197,6 +197,83 @@ class FlaxUpsample(nnx.Module):
         return self.fc(nnx.relu(self.up(x)).mean((1, 2)))
 
 
+class TorchGated(nn.Module):
+    """A feed-forward layer as LLaMA has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class FlaxGated(nnx.Module):
+    """`TorchGated`, ported."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.gate, self.up, self.down = (nnx.Linear(*sizes, rngs=rngs) for sizes in ((6, 8), (6, 8), (8, 5)))
+        self.activation = nnx.silu
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class TorchRecurrent(nn.Module):
+    """A classifier of sequences."""
+
+    def __init__(self, kind: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.rnn, self.head = kind(3, 4, batch_first=True), nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class FlaxRecurrent(nnx.Module):
+    """`TorchRecurrent`, ported, with PyTorch's weights."""
+
+    def __init__(self, step: Callable[..., Any], gates: int, rngs: nnx.Rngs) -> None:
+        self.rnn, self.head, self.step = FusedWeights(gates), nnx.Linear(4, 5, rngs=rngs), step
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        start = jnp.zeros((len(x), 4), x.dtype)
+        (last, _), _ = jax.lax.scan(partial(self.step, self.rnn), (start, start), x.swapaxes(0, 1))
+        return self.head(last)
+
+
+class FusedWeights(nnx.Module):
+    """Four units' gates, of three inputs."""
+
+    def __init__(self, gates: int) -> None:
+        self.weight_ih_l0, self.weight_hh_l0 = (
+            nnx.Param(jnp.zeros((4 * gates, 3))),
+            nnx.Param(jnp.zeros((4 * gates, 4))),
+        )
+        self.bias_ih_l0, self.bias_hh_l0 = nnx.Param(jnp.zeros(4 * gates)), nnx.Param(jnp.zeros(4 * gates))
+
+    def __call__(self, x: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return x @ self.weight_ih_l0.T + self.bias_ih_l0, h @ self.weight_hh_l0.T + self.bias_hh_l0
+
+
+Carry = tuple[jax.Array, jax.Array]
+
+
+def lstm(weights: Any, carry: Carry, x: jax.Array, order: str = "ifgo", forget: float = 0.0) -> tuple[Carry, None]:
+    h, c = carry
+    parts = dict(zip(order, jnp.split(sum(weights(x, h)), 4, -1), strict=True))
+    i, f, o = (jax.nn.sigmoid(parts[gate] + forget * (gate == "f")) for gate in "ifo")
+    c = f * c + i * jnp.tanh(parts["g"])
+    return (o * jnp.tanh(c), c), None
+
+
+def gru(weights: Any, carry: Carry, x: jax.Array, order: str = "rzn") -> tuple[Carry, None]:
+    h, unused = carry
+    of_x, of_h = (dict(zip(order, jnp.split(part, 3, -1), strict=True)) for part in weights(x, h))
+    r, z = (jax.nn.sigmoid(of_x[gate] + of_h[gate]) for gate in "rz")
+    return ((1 - z) * jnp.tanh(of_x["n"] + r * of_h["n"]) + z * h, unused), None
+
+
 class TorchBetween(nn.Module):
     """A function between two layers."""
 
@@ -219,16 +296,16 @@ class FlaxBetween(nnx.Module):
         return self.last(self.mean(self.function(self.first(x))))
 
 
-def attend(x: torch.Tensor) -> torch.Tensor:
+def attend(x: torch.Tensor, *, causal: bool = False) -> torch.Tensor:
     places = x.flatten(2).transpose(1, 2)
-    found = F.scaled_dot_product_attention(places[..., :2], places[..., 2:], places)
+    found = F.scaled_dot_product_attention(places[..., :2], places[..., 2:], places, is_causal=causal)
     return found.transpose(1, 2).reshape(x.shape)
 
 
-def attend_in_jax(x: jax.Array, scale: float = 2**-0.5, *, swapped: bool = False) -> jax.Array:
+def attend_in_jax(x: jax.Array, scale: float = 2**-0.5, *, swapped: bool = False, mask: Any = True) -> jax.Array:
     places = x.reshape(len(x), -1, x.shape[-1])
     query, key = jnp.split(places, 2, -1)[:: -1 if swapped else 1]
-    weights = jax.nn.softmax(query @ key.swapaxes(1, 2) * scale)
+    weights = jax.nn.softmax(jnp.where(mask, query @ key.swapaxes(1, 2) * scale, -jnp.inf))
     return (weights @ places).reshape(x.shape)
 
 
@@ -247,6 +324,18 @@ def nearest(x: jax.Array) -> jax.Array:
     return x[:, jnp.arange(7) * x.shape[1] // 7][:, :, jnp.arange(7) * x.shape[2] // 7]
 
 
+def normalised(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return (x - x.mean(axes, keepdims=True)) / jnp.sqrt(x.var(axes, keepdims=True) + 1e-5)
+
+
+def by_groups(x: jax.Array) -> jax.Array:
+    return normalised(x.reshape(*x.shape[:3], 2, 2), (1, 2, 4)).reshape(x.shape)
+
+
+def by_root_mean_square(x: jax.Array, epsilon: float = 1e-5) -> jax.Array:
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + epsilon)
+
+
 # By name: a function in both frameworks, and how many channels it makes of four.
 BETWEEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[jax.Array], jax.Array], int]] = {
     "corners": (lambda x: F.interpolate(x, 7, mode="bilinear", align_corners=True), from_corner_to_corner, 4),
@@ -263,6 +352,11 @@ BETWEEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[jax.A
     "negated": (lambda x: (-x).exp(), lambda x: jnp.exp(-x), 4),
     "repeated": (lambda x: x.repeat_interleave(2, 1), lambda x: jnp.repeat(x, 2, -1), 8),
     "attention": (attend, attend_in_jax, 4),
+    "causal": (partial(attend, causal=True), partial(attend_in_jax, mask=jnp.tri(25, dtype=bool)), 4),
+    "groups": (lambda x: F.group_norm(x, 2), by_groups, 4),
+    "instances": (F.instance_norm, lambda x: normalised(x, (1, 2)), 4),
+    "root": (lambda x: x * (x.pow(2).mean(1, keepdim=True) + 1e-5).rsqrt(), by_root_mean_square, 4),
+    "pooled": (lambda x: F.adaptive_avg_pool2d(x, 1), lambda x: x.mean((1, 2), keepdims=True), 4),
 }
 
 
@@ -299,6 +393,9 @@ CASES = {
     "tied": Case(TorchTied, FlaxTied, lambda: torch.randint(7, (6, 5)), ignore=("head.weight",)),
     "upsample": Case(TorchUpsample, FlaxUpsample, images(2, 4)),
     "transformer": Case(TorchTransformer, FlaxTransformer, lambda: torch.randint(11, (6, 7))),
+    "swiglu": Case(TorchGated, FlaxGated, lambda: torch.randn(6, 6)),
+    "lstm": Case(partial(TorchRecurrent, nn.LSTM), partial(FlaxRecurrent, lstm, 4), lambda: torch.randn(6, 5, 3)),
+    "gru": Case(partial(TorchRecurrent, nn.GRU), partial(FlaxRecurrent, gru, 3), lambda: torch.randn(6, 5, 3)),
     **{
         name: Case(partial(TorchBetween, original, channels), partial(FlaxBetween, port, channels), images(2, 5))
         for name, (original, port, channels) in BETWEEN.items()

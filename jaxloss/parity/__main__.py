@@ -58,6 +58,14 @@ class Output:
     junit: Path | None = None
     """write it as JUnit XML, for CI systems"""
 
+    def refuse_paths(self) -> None:
+        """Raises at once for what could not be written after a long comparison."""
+        for path in filter(None, (self.json, self.html, self.junit)):
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} cannot be written: it is a folder.")
+            if not path.parent.is_dir():
+                raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}.")
+
     def tell(self, report: Any, console: Console) -> int:
         """Prints and writes a report, and gives the exit status."""
         console.print(report if console.is_terminal else str(report), markup=False, soft_wrap=True, highlight=False)
@@ -89,6 +97,7 @@ with 4-D ones transposed, those as flax_NAME"""
         import jaxloss
         from jaxloss import parity
 
+        self.refuse_paths()
         losses = None if self.loss == "none" else (getattr(functional, self.loss), getattr(jaxloss, self.loss))
         torch_model, flax_model = _load(self.torch_model, "torch.nn"), _load(self.flax_model, "flax.nnx")
         theirs, ours = _read_batch(self.batch, with_targets=losses is not None)
@@ -160,6 +169,7 @@ and in their order; other arrays are not read"""
         """Prints the report."""
         from jaxloss import parity
 
+        self.refuse_paths()
         ours = None if self.batch is None else _read_flax_inputs(self.batch)
         flax_model = _load(self.flax_model, "flax.nnx")
         with _stages(console) as progress:
@@ -272,7 +282,10 @@ def _import(module: str) -> Any:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    arrays = np.load(path, allow_pickle=False)
+    try:
+        arrays = np.load(path, allow_pickle=False)
+    except ValueError as error:  # what NumPy takes for a pickle
+        raise ValueError(f"{path} is no .npz file of numbers.") from error
     if isinstance(arrays, np.ndarray):
         raise ValueError(f"{path} holds one array, expected an .npz file.")
     with arrays:
@@ -284,6 +297,8 @@ def _read_batch(path: Path, *, with_targets: bool) -> tuple[tuple[np.ndarray, ..
     inputs = {name: array for name, array in arrays.items() if name != "targets" and not name.startswith("flax_")}
     theirs = tuple(inputs.values())
     given = any(name.startswith("flax_") for name in arrays)
+    if missing := [name for name in inputs if given and f"flax_{name}" not in arrays]:
+        raise ValueError(f"{path} holds some inputs as flax_NAME, but no flax_{missing[0]}.")
     ours = tuple(arrays[f"flax_{name}"] for name in inputs) if given else ()
     if not theirs:
         raise ValueError(f"{path} holds no inputs.")

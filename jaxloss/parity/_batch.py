@@ -25,6 +25,7 @@ class Batch:
         self._targets: np.ndarray | None = None
         self._multipliers: np.ndarray | None = None
         self.flax_inputs = self._flax_inputs(flax_batch)
+        self.keeps_channels_first = flax_batch is None and any(array.ndim in (3, 5) for array in torch_inputs)
         self.layout: Layout | None = None  # of the outputs; known after the first run
 
     def see(self, recording: Recording) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from jaxloss.parity._change import Change, Rule
-from jaxloss.parity._changes_between import BETWEEN_LAYERS
+from jaxloss.parity._changes_between import BETWEEN_LAYERS, EPSILONS
+from jaxloss.parity._changes_recurrent import RECURRENT
 
 
 def changes(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
@@ -162,7 +163,7 @@ def _norm(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
         return lambda: function(**{**given, **other})
 
     eps = given.get("eps", 1e-5)
-    for other in (1e-3, 1e-5, 1e-6, 1e-8, 1e-12, 0.0):
+    for other in EPSILONS:
         yield Change(f"the port's epsilon is {other:g}, PyTorch's {eps:g}", f"pass epsilon={eps:g}", again(eps=other))
     if (groups := given.get("num_groups")) is not None:
         channels = given["input"].shape[1]
@@ -171,8 +172,18 @@ def _norm(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
             meaning = f"the port has {other} groups of channels, PyTorch {groups}"
             yield Change(meaning, fix, again(num_groups=other))
             yield Change(f"{meaning}, and another epsilon", fix, again(num_groups=other, eps=1e-6))
+        x, ones = given["input"], [1] * (given["input"].ndim - 2)
+        scale, bias = (1 if given.get(n) is None else given[n].reshape(-1, *ones) for n in ("weight", "bias"))
+        by_place = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + eps).sqrt()
+        meaning = "the port normalises each position over the channels, PyTorch groups of channels over all positions"
+        result = by_place * scale + (bias if given.get("bias") is not None else 0)
+        yield Change(meaning, "use nnx.GroupNorm, not nnx.LayerNorm", lambda: result)
+    if function.__name__ == "instance_norm":
+        meaning, fix = "the port normalises all channels together, PyTorch each by itself", "use nnx.InstanceNorm"
+        affine = given["input"], 1, given.get("weight"), given.get("bias"), eps
+        yield Change(meaning, fix, lambda: F.group_norm(*affine))
     if "training" in given:
-        which = "running statistics", "those of the batch"
+        which = "running statistics", "the batch's own statistics"
         ours, theirs = which if given["training"] else which[::-1]
         fix = f"call {'train' if given['training'] else 'eval'}() on the port"
         statistics = {name: t.clone() for name in ("running_mean", "running_var") if (t := given.get(name)) is not None}
@@ -251,6 +262,16 @@ def _pool(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
             fix,
             lambda: function(**{**given, "count_include_pad": count}),
         )
+
+
+def _adaptive_pool(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    kind, other = ("max", "avg")[:: 1 if "max" in function.__name__ else -1]
+    instead, words = getattr(F, function.__name__.replace(kind, other)), {"max": "maxima", "avg": "averages"}
+    given = dict(zip(("input", "output_size"), args, strict=False)) | kwargs
+    given.pop("return_indices", None)
+    yield Change(
+        f"the port pools {words[other]}, PyTorch {words[kind]}", f"pool {words[kind]}", lambda: instead(**given)
+    )
 
 
 def _dropout(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
@@ -341,7 +362,9 @@ _RULES: dict[str, Rule] = {
     "linear": _linear,
     **dict.fromkeys(_NORM_ARGUMENTS, _norm),
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"), _pool),
+    **dict.fromkeys([f"adaptive_{kind}_pool{axes}d" for kind in ("avg", "max") for axes in (1, 2, 3)], _adaptive_pool),
     **dict.fromkeys(("cross_entropy", "nll_loss"), _loss),
     dropped.__name__: _dropout,
     **BETWEEN_LAYERS,
+    **RECURRENT,
 }

@@ -8,9 +8,15 @@ from torch import Tensor
 
 from jaxloss.parity._change import Change, Rule
 
+EPSILONS = 1e-3, 1e-5, 1e-6, 1e-8, 1e-12, 0.0
+
 
 def _sum(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
     a, b = args[:2]
+    if isinstance(b, float) and 0 < b <= max(EPSILONS):
+        for other in (epsilon for epsilon in EPSILONS if epsilon != b):
+            meaning = f"the port adds an epsilon of {other:g}, PyTorch of {b:g}"
+            yield Change(meaning, f"pass epsilon={b:g}", lambda other=other: a + other)
     for kept in (a, b):
         if isinstance(kept, Tensor):
             yield Change(
@@ -131,6 +137,14 @@ def _inverted(value: Any) -> Any:
     return ~value if isinstance(value, Tensor) and value.dtype is torch.bool else value
 
 
+def _filled(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    yield from _masked(function, args, kwargs)
+    given = dict(zip(("input", "mask", "value"), args, strict=False)) | kwargs
+    if float(given["value"]) < 0:  # of scores, before a softmax
+        meaning = f"the port fills masked places with 0, PyTorch with {float(given['value']):g}"
+        yield Change(meaning, "fill with -jnp.inf", lambda: given["input"].masked_fill(given["mask"], 0.0))
+
+
 def _attention(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = dict(zip(names, args, strict=False)) | kwargs
@@ -144,6 +158,13 @@ def _attention(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: d
         f"{'mask' if causal else 'do not mask'} later positions",
         again(is_causal=not causal),
     )
+    if causal:
+        kept = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
+        for other, meaning in {
+            kept.triu(): "the port masks earlier positions, PyTorch later ones",
+            kept.tril(1): "the port lets each position see the next",
+        }.items():
+            yield Change(meaning, "keep jnp.tri(length)", again(is_causal=False, attn_mask=other))
     fix = "divide the scores by sqrt(d)"
     yield Change("the port does not divide the scores by sqrt(d)", fix, again(scale=1.0))
     yield Change("the port divides the scores by d, PyTorch by sqrt(d)", fix, again(scale=1 / query.shape[-1]))
@@ -208,7 +229,8 @@ BETWEEN_LAYERS: dict[str, Rule] = {
     **dict.fromkeys(("flatten", "view", "reshape"), _flatten),
     **dict.fromkeys(("transpose", "swapaxes", "permute"), _transposed),
     **dict.fromkeys(("std", "var"), _spread),
-    **dict.fromkeys(("masked_fill", "where", "tril", "triu"), _masked),
+    "masked_fill": _filled,
+    **dict.fromkeys(("where", "tril", "triu"), _masked),
     "scaled_dot_product_attention": _attention,
     "interpolate": _resized,
 }

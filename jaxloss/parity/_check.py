@@ -13,11 +13,11 @@ from jaxloss.parity._background import Errors
 from jaxloss.parity._batch import FlaxLoss
 from jaxloss.parity._compare import SMALL, SMALL_GRADIENT, Rounding, is_constant, norm, relative
 from jaxloss.parity._detail import Detail
-from jaxloss.parity._diagnosis import Ask, diagnose
+from jaxloss.parity._diagnosis import Ask, diagnose, explain_rounding
 from jaxloss.parity._environment import environment
-from jaxloss.parity._findings import FLOAT64_TOLERANCE, Findings
+from jaxloss.parity._findings import FLOAT64_TOLERANCE, SMALL_TENSORS, Findings
 from jaxloss.parity._layout import Layout, same
-from jaxloss.parity._pairs import held_together
+from jaxloss.parity._pairs import kept_otherwise
 from jaxloss.parity._programs import CutRun, FreeRun
 from jaxloss.parity._recording import Recording, Source
 from jaxloss.parity._report import Report
@@ -83,6 +83,7 @@ def judge(
             _compare_rounding(findings, subject, rough, dtype)
             progress(f"optimizer steps in {dtype}")
             tell_steps(findings, subject, rough, optimizer, exact_steps)
+    explain_rounding(subject, findings.all)
     findings.background.environment = environment()
     findings.background.seconds = time.perf_counter() - started
     return Report(
@@ -106,10 +107,11 @@ def _unmatched(findings: Findings, subject: Subject) -> None:
     if subject.uncompared:
         names = ", ".join(subject.uncompared)
         findings.notes.append(f"No call of PyTorch's fits {names}: compared only within the edges around.")
-    problems = [(name, subject.lacks_counterpart(name)) for name in subject.unmatched_ours]
-    for name in subject.unmatched_theirs:
-        together = held_together(name)
-        problems.append((name, "has no counterpart in the port" + (together and f". {together}")))
+    problems: list[tuple[str, str]] = []
+    for name in sorted(subject.unmatched_theirs, key=lambda name: not kept_otherwise(name)):
+        remark = kept_otherwise(name)
+        problems.append((name, "has no counterpart in the port" + (remark and f". {remark}")))
+    problems += [(name, subject.lacks_counterpart(name)) for name in subject.unmatched_ours]
     problems += subject.mismatched
     aliased = "shares PyTorch's memory: an in-place optimizer changes it; copy with load_torch or jnp.array"
     problems += [(name, aliased) for name in subject.aliased()]
@@ -330,7 +332,7 @@ def _compare_rounding(findings: Findings, subject: Subject, rough: View, dtype: 
             detail = Detail.of(np.asarray(piece.ours), piece.theirs, piece.layout, true)
             findings.add_rounding(piece.place, piece.quantity, dtype, rounding, detail)
     if small:
-        findings.add_rounding("tensors of fewer than 1000 elements", "all together", dtype, Rounding.pooled(small))
+        findings.add_rounding(SMALL_TENSORS, "all together", dtype, Rounding.pooled(small))
     del cut, oracle
     with jax.enable_x64(False):
         free = rough.programs.free(values, rough.recording.masks)

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from flax import linen, nnx
 
 from jaxloss.parity._compare import UNKNOWN
 from jaxloss.parity._faults import FLOAT32_INSIDE, classify, matches
-from jaxloss.parity._findings import Explanation, Failure, Finding
+from jaxloss.parity._findings import SMALL_TENSORS, Explanation, Failure, Finding
 from jaxloss.parity._layout import channels_last
 from jaxloss.parity._pairs import CallPair
 from jaxloss.parity._recording import LayerCall, Trajectory, sketch
@@ -38,6 +39,22 @@ def diagnose(subject: Subject, failures: Sequence[Failure], steps: Trajectory | 
             if first.finding.diagnosis == FLOAT32_INSIDE:
                 first.finding.kind = explanation.kind or "semantic"
             first.finding.diagnosis, first.finding.fix = _sentence(explanation.meaning), explanation.fix
+
+
+def explain_rounding(subject: Subject, findings: Sequence[Finding]) -> None:
+    """Names Flax's norms that lose digits, where their rounding is judged to be too much."""
+    layers = {weight.layer_name: weight.layer for weight in subject.exact.port.weights.values()}
+    fast = {name for name, layer in layers.items() if getattr(layer, "use_fast_variance", False)}
+    fast -= {name for name, layer in layers.items() if isinstance(layer, nnx.RMSNorm | linen.RMSNorm)}
+    titles = [subject.title(pair) for pair in subject.pairs if pair.ours[0] in fast]
+    for finding in (each for each in findings if not each.ok and each.dtype != "float64"):
+        names = titles if finding.place == SMALL_TENSORS else {finding.place} & {*titles}
+        if names:
+            verb = "takes" if len(names) == 1 else "take"
+            finding.kind, finding.fix = "precision", "pass use_fast_variance=False"
+            finding.diagnosis = (
+                f"{', '.join(names)} {verb} the variance as E[x²] - E[x]², Flax's default: it loses digits."
+            )
 
 
 def _is_step(failure: Failure) -> bool:
@@ -116,6 +133,9 @@ def _of_weight(subject: Subject, failure: Failure) -> Iterator[Explanation]:
     finding, ours, state = failure.finding, failure.ours, subject.exact.state
     name = _weight_name(subject, finding)
     fix = "convert with jaxloss.parity.load_torch"
+    initial = {"running_mean": 0.0, "running_var": 1.0, "bias": 0.0}
+    if (value := initial.get(finding.quantity)) is not None and (ours == value).all():
+        yield Explanation(f"the port's {finding.quantity} is still the initial {value:g}: it was never copied", fix)
     layout = subject.exact.port.weights[name].layout
     for other, theirs in state.items():
         if (
@@ -124,9 +144,6 @@ def _of_weight(subject: Subject, failure: Failure) -> Iterator[Explanation]:
             and np.array_equal(layout.to_torch(ours), theirs)
         ):
             yield Explanation(f"it holds PyTorch's {other}", f"copy {subject.weight_pairs[name]} here")
-    initial = {"running_mean": 0.0, "running_var": 1.0, "bias": 0.0}
-    if (value := initial.get(finding.quantity)) is not None and (ours == value).all():
-        yield Explanation(f"the port's {finding.quantity} is still the initial {value:g}: it was never copied", fix)
     if finding.diagnosis.endswith("order (1, 0)"):
         yield Explanation("the kernel's inputs and outputs are swapped", fix)
     if finding.diagnosis.endswith("order (2, 0, 1, 3)") and len(layout.merged) == 2:
@@ -179,6 +196,7 @@ def _of_edge(subject: Subject, failures: Sequence[Failure], ask: Ask) -> Iterato
         yield from _other_order(subject, edge.pair, edge.call, failure)
     yield from _other_dropout(subject, edge)
     yield from ask(subject, failures)
+    yield from _other_layers(subject, edge)
     if subject.source.inputs[0].ndim == 4 and failure.finding.place == subject.places[0]:
         yield from _other_input(failure)
 
@@ -199,10 +217,13 @@ def _other_order(subject: Subject, pair: CallPair, call: LayerCall, failure: Fai
 
 def _other_dropout(subject: Subject, edge: Edge) -> Iterator[Explanation]:
     our_drops, their_drops = subject.drops, subject.exact.recording.drops
+    if subject.exact.recording.random:
+        return  # PyTorch may drop unseen, inside of a function
     here = sum(drop.window in edge.our_windows for drop in our_drops)
-    if here != sum(drop.window in edge.windows for drop in their_drops):
+    there = sum(drop.window in edge.windows for drop in their_drops)
+    if here != there:
         fix = "drop as often: in eval mode, or at rate 0, a port does not"
-        yield Explanation(f"the port drops {len(our_drops)} times in a run, PyTorch {len(their_drops)} times", fix)
+        yield Explanation(f"here the port drops {_times(here)}, PyTorch {_times(there)}", fix)
     for drop, ours in zip(their_drops, our_drops, strict=False):
         if drop.window in edge.windows and ours.rate != drop.rate:
             yield Explanation(
@@ -212,6 +233,21 @@ def _other_dropout(subject: Subject, edge: Edge) -> Iterator[Explanation]:
             words = ("elements", "whole channels")[:: 1 if drop.whole_channels else -1]
             fix = f"pass broadcast_dims={(1, 2) if drop.whole_channels else ()} to nnx.Dropout"
             yield Explanation(f"the port drops {words[0]}, PyTorch {words[1]}", fix)
+
+
+def _times(count: int) -> str:
+    return ("never", "once", "twice")[count] if count < 3 else f"{count} times"
+
+
+def _other_layers(subject: Subject, edge: Edge) -> Iterator[Explanation]:
+    """Layers inside an edge that the port does not call, or that return another shape there."""
+    calls = subject.exact.recording.calls
+    for call in (calls[window] for window in edge.windows[:-1]):
+        if call.key in subject.uncalled:
+            yield Explanation(f"PyTorch calls {call.name} here, no call of it is seen in the port", f"call {call.name}")
+        if shapes := subject.misshapen.get(call.key):
+            fix = "look at its padding (nnx.Conv's default is SAME, PyTorch's 0), strides and kernel_dilation"
+            yield Explanation(f"the port's {call.name} returns {shapes.ours}, PyTorch's {shapes.theirs}", fix)
 
 
 def _other_input(failure: Failure) -> Iterator[Explanation]:

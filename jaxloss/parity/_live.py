@@ -40,6 +40,13 @@ class Live:
         dtypes: Sequence[str],
     ) -> None:
         """Runs nothing yet."""
+        if steps < 0:
+            raise ValueError(f"parity: steps must be 0 or more, got {steps}.")
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"parity: PyTorch's optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer: it "
+                "comes first, then optax's."
+            )
         if isinstance(dtypes, str) or not set(dtypes) <= DTYPES:
             raise ValueError(f"parity: dtypes must be a sequence of {', '.join(sorted(DTYPES))}, got {dtypes!r}.")
         if not isinstance(module, nn.Module):

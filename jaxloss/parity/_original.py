@@ -112,7 +112,7 @@ class Original:
             tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
             arrays = list(map(to_numpy, tensors))
             call = LayerCall(name, index, arrays, np.empty(0), [None] * len(tensors))
-            functions.enter(call.key, tensors)
+            functions.enter(call.key, tensors, opaque=not isinstance(layer, nn.RNNBase))
             calls.append(call)
             # Aliases, so that their gradients are what comes back through this layer alone.
             aliases = [t.view_as(t) for t in tensors]
@@ -209,12 +209,12 @@ class Functions(TorchFunctionMode):
         self._window, self._in_layer = 0, False
         self._feature_map: tuple[int, ...] | None = None
 
-    def enter(self, call: Call, tensors: Sequence[Tensor]) -> None:
-        """Notes that a layer begins."""
+    def enter(self, call: Call, tensors: Sequence[Tensor], *, opaque: bool) -> None:
+        """Notes that a layer begins; if it is not opaque, what it calls belongs to the window."""
         shape = tensors[0].shape if tensors else ()
         if self._feature_map and len(shape) == 2 and shape[1] == math.prod(self._feature_map):
             self.flattened[call] = self._feature_map
-        self._feature_map, self._in_layer = None, True
+        self._feature_map, self._in_layer = None, opaque
 
     def leave(self, *, cut_out: bool) -> None:
         """Notes that a layer ends; one that is not cut out divides nothing."""

@@ -141,8 +141,13 @@ def _weight_shape(kinds: Mapping[str, Shape]) -> object:
     return kinds.get("weight")
 
 
-def held_together(name: str) -> str:
-    """What is to be said of a weight of PyTorch's that holds several of Flax's; nothing of others."""
+def kept_otherwise(name: str) -> str:
+    """What is to be said of a weight of PyTorch's that holds several of Flax's, or makes one; nothing of others."""
+    if ".parametrizations." in f".{name}":
+        return (
+            "PyTorch computes a weight from it (spectral_norm, weight_norm, …): give the port the weight itself, after "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, name)"
+        )
     kind = name.rpartition(".")[2]
     what = next((what for start, what in _TOGETHER.items() if kind.startswith(start)), "")
     return what and (

@@ -17,6 +17,8 @@ from jaxloss.parity._state_dict import to_numpy
 from jaxloss.parity._step_diagnosis import explain_step
 from jaxloss.parity._subject import Subject
 
+NEAR = 4  # windows before an edge in which something else is looked for
+
 
 def explain(live: Live, subject: Subject, failures: Sequence[Failure]) -> Iterator[Explanation]:
     """Everything that PyTorch, changed, explains of the first failure."""
@@ -35,10 +37,9 @@ def _of_layer(live: Live, subject: Subject, failure: Failure) -> Iterator[Explan
     """A changed call inside the layer that gives the port's output from the same inputs."""
     pair = next(pair for pair in subject.pairs if subject.title(pair) == failure.finding.place)
     call = next(call for call in subject.exact.recording.calls if call.key == pair.theirs)
-    original = live.original()
-    layer = original.layers[call.name]
 
     def run(functions: Functions) -> np.ndarray:
+        layer = live.original().layers[call.name]  # anew: a run moves its running statistics
         inputs = [torch.from_numpy(array) for array in call.inputs]
         with torch.no_grad(), isolated(torch.float64), functions:
             return to_numpy(layer(*inputs))
@@ -64,6 +65,10 @@ def _of_edge(live: Live, subject: Subject, failure: Failure) -> Iterator[Explana
 
     yield from _changed(run, layout, failure.ours, partial(Functions, live.seed, windows=windows))
     yield from _inserted(theirs, layout, failure.ours)
+    before = range(
+        max(0, windows.start - NEAR), windows.start
+    )  # where what joins this edge may be computed, like a gate
+    yield from _changed(run, layout, failure.ours, partial(Functions, live.seed, windows=before))
 
 
 def _changed(
@@ -77,7 +82,7 @@ def _changed(
             functions = watch(change=(call, alternative))
             try:
                 result = run(functions)
-            except (RuntimeError, ValueError, TypeError, IndexError):
+            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
                 continue  # this alternative does not fit what follows
             if _equals(result, layout, ours):
                 yield Explanation(functions.changed.meaning, functions.changed.fix)

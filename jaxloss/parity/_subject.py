@@ -33,6 +33,13 @@ class View(NamedTuple):
     programs: Programs
 
 
+class Shapes(NamedTuple):
+    """Of what a layer returns, both with the channels where Flax has them."""
+
+    ours: Shape
+    theirs: Shape
+
+
 class Subject:
     """What is checked, and how its parts are paired."""
 
@@ -51,6 +58,8 @@ class Subject:
         self.batch = Batch(source.inputs, flax_batch, loss)
         self.feature_maps: dict[str, Shape] = {name: tuple(shape) for name, shape in feature_maps.items()}
         self.pairs: list[CallPair] = []
+        self.uncalled: set[Call] = set()  # calls of PyTorch's that the port does not make
+        self.misshapen: dict[Call, Shapes] = {}  # calls of PyTorch's that return another shape in the port
         self.exact = self.view("float64")
         self.batch.see(self.exact.recording)
         self._pair(self.exact, names, ignore)
@@ -166,7 +175,15 @@ class Subject:
 
     def _pair(self, view: View, names: Names | None, ignore: Collection[str]) -> None:
         recording, port = view.recording, view.port
-        shapes, result, self.drops = abstract_run(port, self.batch)
+        try:
+            shapes, result, self.drops = abstract_run(port, self.batch)
+        except (TypeError, ValueError) as error:
+            if self.batch.keeps_channels_first:
+                raise ValueError(
+                    "parity: the port cannot take the batch. Inputs of 3 and 5 dimensions are given to it as PyTorch "
+                    f"takes them: pass flax_batch if its channels are last. ({error})"
+                ) from error
+            raise
         self.our_calls = list(shapes)
         untrained = port.weights.keys() - set(port.parameters)
         where = "PyTorch's state_dict, nor among the port's variables that are no nnx.Param"
@@ -192,16 +209,21 @@ class Subject:
         if unknown:
             raise ValueError(f"parity: layouts names {', '.join(sorted(unknown))}, which the port does not have.")
         self._find_feature_maps(recording, layers, port)
-        for call in recording.calls:
-            if (key := (layers.get(call.name, ""), call.index)) in shapes and call.name in layers:
-                arrived, left = shapes[key]
-                inputs = [
-                    self._layout(call, *both, key) for both in zip(map(np.shape, call.inputs), arrived, strict=False)
-                ]
-                output = self._layout(call, call.output.shape, left, key)
-                fitting = [layout for layout in inputs if layout is not None]
-                if output and len(call.inputs) == len(arrived) == len(fitting):
+        for call in (call for call in recording.calls if call.name in layers):
+            key = layers[call.name], call.index
+            if key not in shapes:
+                self.uncalled.add(call.key)
+                continue
+            arrived, left = shapes[key]
+            inputs = [self._layout(call, *both, key) for both in zip(map(np.shape, call.inputs), arrived, strict=False)]
+            output = self._layout(call, call.output.shape, left, key)
+            fitting = [layout for layout in inputs if layout is not None]
+            if len(call.inputs) == len(arrived) == len(fitting):
+                if output:
                     self.pairs.append(CallPair(call.key, key, fitting, output))
+                else:
+                    theirs = channels_last(call.output.shape).shape if self._channels_first(call) else call.output.shape
+                    self.misshapen[call.key] = Shapes(left, theirs)
         self.uncompared = sorted({name for name, _ in shapes} - {pair.ours[0] for pair in self.pairs})
         self.batch.layout = self._output_layout(recording, result)
 

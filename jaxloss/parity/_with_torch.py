@@ -99,6 +99,9 @@ def check(
     References:
         The list of what ports get wrong, each found by a test: `parity_tests/faults.md`.
     """
+    for name, pair in {"losses": losses, "optimizers": optimizers}.items():
+        if pair is not None and not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise TypeError(f"parity: {name} must be a pair, PyTorch's and JAX's, got {pair!r}.")
     torch_loss, flax_loss = losses or (None, None)
     torch_optimizer, optax_optimizer = optimizers or (None, optax.adam(1e-3))
     live = Live(

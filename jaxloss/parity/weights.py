@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxloss.parity._compare import is_constant
 from jaxloss.parity._layout import Layout, Shape, permuted, same
-from jaxloss.parity._pairs import guesses, held_together, pair_weights
+from jaxloss.parity._pairs import guesses, kept_otherwise, pair_weights
 from jaxloss.parity._state_dict import read_state_dict
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -393,7 +393,7 @@ def _check_fit(module: str, weights: Weights, arrays: Mapping[str, np.ndarray], 
         "one variable in the module but different in the state_dict": tied,
     }
     lines = [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]
-    lines += filter(None, map(held_together, faults["unexpected"]))
+    lines += dict.fromkeys(filter(None, map(kept_otherwise, faults["unexpected"])))
     for name in faults["unexpected"]:
         if twin := next((theirs for theirs in pairs.values() if _is_tied(arrays[name], arrays[theirs])), None):
             lines.append(f"{name} equals {twin}: if PyTorch ties them, pass ignore=[{name!r}]")
