@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from jaxloss.parity import Report
 from jaxloss.parity.__main__ import main
 
 ZOO = """
@@ -95,10 +96,14 @@ def test_equal_models_exit_0_and_the_report_is_written(folder, monkeypatch, caps
 
 
 def test_report_is_told_even_where_it_cannot_be_written(folder, monkeypatch, capsys):
-    assert run(monkeypatch, "check", "pair:original", "pair:port", *QUICK, "--html", "x" * 300) == 2
+    def fail(self: Report, path: Path) -> None:
+        raise OSError(f"no space left for {path}")
+
+    monkeypatch.setattr(Report, "to_html", fail)
+    assert run(monkeypatch, "check", "pair:original", "pair:port", *QUICK, "--html", "out.html") == 2
     told = capsys.readouterr()
     assert told.out.startswith("ok: ")
-    assert "xxx" in told.err
+    assert "no space left for out.html" in told.err
 
 
 @pytest.mark.parametrize("path", ["nowhere/out.html", "."], ids=["no folder", "a folder"])
