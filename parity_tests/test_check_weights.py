@@ -14,8 +14,7 @@ from jaxloss import parity
 from jaxloss.parity import _golden, load_torch
 from parity_tests.gates import assert_identical
 from parity_tests.small import small
-from parity_tests.without_torch import SelfAttention
-from parity_tests.zoo import CASES, randomise
+from parity_tests.zoo import CASES
 
 
 def test_tied_weight_may_be_called_by_its_other_name(parity):
@@ -197,28 +196,6 @@ def test_module_that_cannot_be_copied_says_which_weight_is_computed_and_the_reme
         original = weight_normed(nn.utils.weight_norm)
     with pytest.raises(ValueError, match=r"computes 0\.weight from other .* torch\.nn\.utils\.remove_weight_norm"):
         parity.check(original, small()[1], torch.randn(5, 4))
-
-
-class TorchSelfAttention(nn.MultiheadAttention):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x, x, x, need_weights=False)[0]
-
-
-def test_fused_attention_passes_under_pytorchs_names():
-    torch.manual_seed(0)
-    original = randomise(TorchSelfAttention(8, 2, batch_first=True))
-    port = load_torch(SelfAttention(8, 2, rngs=nnx.Rngs(0)), original.state_dict())
-    report = parity.check(original, port, torch.randn(2, 3, 8), losses=None, dtypes=["float64"])
-    assert report.ok, report
-
-
-def test_fused_weights_without_a_counterpart_say_what_they_hold():
-    port, original = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0)), TorchSelfAttention(8, 2)
-    report = parity.check(original, port, torch.randn(2, 3, 8), losses=None, steps=0, dtypes=["float64"])
-    problems = [finding.problem for finding in report.failures()]
-    assert any("in_proj_weight holds query, key and value together" in problem for problem in problems)
-    with pytest.raises(ValueError, match="bias_hh_l0 holds the gates together, Flax's own modules keep them apart"):
-        load_torch(nnx.OptimizedLSTMCell(4, 5, rngs=nnx.Rngs(0)), nn.LSTM(4, 5).state_dict())
 
 
 class Scale(nnx.Module):

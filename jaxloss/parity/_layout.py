@@ -1,6 +1,7 @@
 """How an array in Flax's layout becomes the same array in PyTorch's, and back."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a Flax array becomes PyTorch's: split its axes, flip some, permute them, merge them."""
+    """How a Flax array, of NumPy or JAX, becomes PyTorch's: split its axes, flip some, permute them, merge them."""
 
     shape: Shape  # Flax's
     split: Shape
@@ -17,11 +18,11 @@ class Layout:
     merged: Shape  # PyTorch's
     flip: Shape = ()
 
-    def to_torch(self, array: np.ndarray) -> np.ndarray:
+    def to_torch(self, array: Any) -> Any:
         """Flax's array as PyTorch has it."""
         return self._flipped(array.reshape(self.split)).transpose(self.order).reshape(self.merged)
 
-    def to_flax(self, array: np.ndarray) -> np.ndarray:
+    def to_flax(self, array: Any) -> Any:
         """PyTorch's array as Flax has it."""
         permuted = array.reshape([self.split[axis] for axis in self.order])
         return self._flipped(permuted.transpose(np.argsort(self.order))).reshape(self.shape)
@@ -34,7 +35,7 @@ class Layout:
         flat = np.ravel_multi_index(moved, sizes) if sizes else 0
         return tuple(int(i) for i in np.unravel_index(flat, self.merged))
 
-    def _flipped(self, array: np.ndarray) -> np.ndarray:
+    def _flipped(self, array: Any) -> Any:
         return np.flip(array, self.flip) if self.flip else array  # np.flip makes a 0-D array a scalar
 
 

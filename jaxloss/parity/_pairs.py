@@ -151,13 +151,13 @@ def kept_otherwise(name: str) -> str:
     kind = name.rpartition(".")[2]
     what = next((what for start, what in _TOGETHER.items() if kind.startswith(start)), "")
     return what and (
-        f"PyTorch's {kind} holds {what} together, Flax's own modules keep them apart: give the port an nnx.Param of "
-        "this name and shape, and split what it gives (docs/porting/pitfalls)"
+        f"PyTorch's {kind} holds {what} together: give the port an nnx.Param of this name and shape, and split what it "
+        "gives (docs/porting/pitfalls)"
     )
 
 
 _TOGETHER = {
-    "in_proj_": "query, key and value",
+    "in_proj_": "query, key and value (nnx.MultiHeadAttention gets them out of it)",
     **dict.fromkeys(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), "the gates"),
 }
 

@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen, nnx
 from jax.extend.core import get_opaque_trace_state
 
+from jaxloss.parity._fused import exact_attention, is_fused
 from jaxloss.parity._masks import PortDrop
 from jaxloss.parity._pairs import Call
 from jaxloss.parity.weights import weights_of
@@ -59,8 +60,11 @@ class Port:
                 computed, now = isinstance(getattr(type(node), name, None), property), getattr(node, name, None)
                 if not computed and now is not None and jnp.dtype(now) in told:
                     setattr(node, name, dtype)
+            if isinstance(node, nnx.MultiHeadAttention) and node.attention_fn is nnx.dot_product_attention:
+                node.attention_fn = exact_attention if dtype == jnp.float64 else node.attention_fn
             node.__class__ = _hooked(type(node))
         self.dtype, self._copied, self._preferred = dtype, copied, preferred
+        self._weights_of = partial(weights_of, fuse=is_fused(preferred))
         self._graph, self._state = nnx.split(copied)
         self.set_flatten({})
         self.layers = leaf_layers({weight.layer_name: weight.layer for weight in self.weights.values()})
@@ -68,16 +72,16 @@ class Port:
     def set_flatten(self, flatten: Mapping[str, Sequence[int]]) -> None:
         """Says which linear layers read or write a flattened feature map, as `load_torch` takes it."""
         self.flatten = dict(flatten)
-        weights = weights_of(self._copied, self.flatten)
+        weights = self._weights_of(self._copied, self.flatten)
         firsts: dict[int, str] = {}
         for name in sorted(weights, key=lambda name: name not in self._preferred):
-            firsts.setdefault(id(weights[name].variable), name)
+            firsts.setdefault(weights[name].key, name)
         self.weights = {name: weight for name, weight in weights.items() if name in firsts.values()}
 
     @property
     def parameters(self) -> list[str]:
         """Names of what is trained, which integers never are; all other weights are statistics."""
-        params = [name for name, weight in self.weights.items() if isinstance(weight.variable, nnx.Param)]
+        params = [name for name, weight in self.weights.items() if weight.is_trained]
         return [name for name in params if jnp.issubdtype(self.weights[name].variable.dtype, jnp.inexact)]
 
     def values(self) -> Arrays:
@@ -103,7 +107,7 @@ class Port:
 
     def _run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: "Tape") -> Run:
         module = nnx.merge(self._graph, self._state, copy=True)
-        weights = weights_of(module, self.flatten)
+        weights = self._weights_of(module, self.flatten)
         for name, value in values.items():
             weights[name].variable.set_value(value)
         hook.names = {id(weights[name].layer): weights[name].layer_name for name in reversed(list(values))}

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jaxloss.parity._compare import is_constant
+from jaxloss.parity._fused import OUT, Joined, fused, is_fused
 from jaxloss.parity._layout import Layout, Shape, permuted, same
 from jaxloss.parity._pairs import guesses, kept_otherwise, pair_weights
 from jaxloss.parity._state_dict import read_state_dict
@@ -37,8 +38,9 @@ def load_torch(
     has its attributes sorted by name; where that leaves a doubt, nothing is loaded.)
 
     The layers of Flax get PyTorch's layouts (Linear, LinearGeneral, Conv and ConvTranspose of any dimension, Embed,
-    PReLU, the norms with their running statistics); any other variable keeps its own. Random state is left alone, and
-    so is BatchNorm's `num_batches_tracked`, which Flax does not have.
+    PReLU, the norms with their running statistics); any other variable keeps its own. A MultiHeadAttention gets query,
+    key and value out of PyTorch's `in_proj_weight` and `in_proj_bias`, if there are such. Random state is left alone,
+    and so is BatchNorm's `num_batches_tracked`, which Flax does not have.
 
     Args:
         module: changed in place, or not at all if anything is wrong. May be abstract (`nnx.eval_shape`).
@@ -85,7 +87,7 @@ def load_torch(
             "are variables of its own: check copies PyTorch's for the comparison.)"
         )
     arrays = read_state_dict(state_dict, ignore)
-    weights = weights_of(module, flatten, arrays)
+    weights = weights_of(module, flatten, arrays, fuse=is_fused(arrays))
     pairs = _pairs(weights, arrays, names)
     _check_fit(type(module).__name__, weights, arrays, pairs)
     guessed = {ours: theirs for ours, theirs in pairs.items() if ours != theirs and ours not in (names or {})}
@@ -135,7 +137,7 @@ def weight_map(
         {'0.weight': 'head.weight'}
     """
     arrays = read_state_dict(state_dict, ignore)
-    return _pairs(weights_of(module, flatten, arrays), arrays, names)
+    return _pairs(weights_of(module, flatten, arrays, fuse=is_fused(arrays)), arrays, names)
 
 
 def to_torch(
@@ -146,7 +148,8 @@ def to_torch(
     Args:
         module: see `load_torch` for what its layers become.
         flatten: see `load_torch`.
-        names: PyTorch's names by the module's, where the two differ; see `weight_map`.
+        names: PyTorch's names by the module's, where the two differ; see `weight_map`. An nnx.MultiHeadAttention
+            becomes PyTorch's, with query, key and value in one tensor, unless `names` has them apart.
 
     Returns:
         Copies in PyTorch's layouts and the module's dtypes, by PyTorch's names. `safetensors.numpy.save_file` writes
@@ -162,13 +165,15 @@ def to_torch(
         >>> {name: array.shape for name, array in weights.items()}
         {'weight': (8, 3, 5, 5), 'bias': (8,)}
     """
-    weights, names = weights_of(module, flatten), names or {}
+    weights, names = weights_of(module, flatten, fuse=True), names or {}
+    if not weights.keys() >= names.keys():
+        weights = weights_of(module, flatten)
     if unknown := [name for name in names if name not in weights]:
         raise ValueError(f"names: there is no {', no '.join(unknown)} in the module.")
     entries, sources = {}, {}
     for name, weight in weights.items():
         theirs = names.get(name, name)
-        if sources.setdefault(theirs, weight.variable) is not weight.variable:
+        if sources.setdefault(theirs, weight.key) != weight.key:
             raise ValueError(f"names: {theirs} would be two weights, one of them {name}.")
         # Contiguous, because safetensors writes the wrong elements of an array that is not.
         entries[theirs] = np.array(weight.layout.to_torch(np.asarray(weight.variable.get_value())), order="C")
@@ -199,13 +204,33 @@ class Weight(NamedTuple):
     layer_name: str  # as PyTorch would have it
     flax_name: str
 
+    @property
+    def parts(self) -> Sequence[Any]:
+        """The variables that it is made of."""
+        return self.variable.variables if isinstance(self.variable, Joined) else (self.variable,)
+
+    @property
+    def key(self) -> int:
+        """The same for a weight that comes under another name too."""
+        return id(self.parts[0])
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether Flax's optimizers see it."""
+        return all(isinstance(part, nnx.Param) for part in self.parts)
+
 
 Weights = dict[str, Weight]
 
 
-def weights_of(module: nnx.Module, flatten: FeatureMaps | None, order: Iterable[str] = ()) -> Weights:
-    """Every variable that PyTorch would save, by PyTorch's name; `order` is how those names follow each other there."""
-    found = list(_walk(module))
+def weights_of(
+    module: nnx.Module, flatten: FeatureMaps | None, order: Iterable[str] = (), *, fuse: bool = False
+) -> Weights:
+    """Every variable that PyTorch would save, by PyTorch's name; `order` is how those names follow each other there.
+
+    With `fuse` an attention's query, key and value are one.
+    """
+    found = list(_walk(module, fuse=fuse))
     layers = {".".join(path): layer for path, layer, _, _ in found}
     known = dict.fromkeys(name.rpartition(".")[0] for name in order)
     if layers.keys() <= known.keys():
@@ -228,12 +253,16 @@ def weights_of(module: nnx.Module, flatten: FeatureMaps | None, order: Iterable[
 
 
 def _walk(
-    node: Any, path: tuple[str, ...] = (), above: tuple[int, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any, str, nnx.Variable]]:
+    node: Any, path: tuple[str, ...] = (), above: tuple[int, ...] = (), *, fuse: bool
+) -> Iterator[tuple[tuple[str, ...], Any, str, nnx.Variable | Joined]]:
     """Path, layer, attribute and variable of every weight; a shared one comes under each of its names."""
     if id(node) in above:  # a reference to itself, or to its parent
         return
     match node:
+        case nnx.MultiHeadAttention() if fuse:
+            yield from ((path, node, name, joined) for name, joined in fused(node, linear_layout))
+            children = {OUT if name == "out" else name: child for name, child in vars(node).items()}
+            children = {name: child for name, child in children.items() if name not in ("query", "key", "value")}
         case nnx.Pytree():
             children = vars(node)
         case dict():
@@ -249,7 +278,7 @@ def _walk(
         else:
             # PyTorch numbers the entries of a Sequential directly: "layer1.0", where Flax has "layer1.layers.0".
             name = () if isinstance(node, nnx.Sequential) else (str(attribute),)
-            yield from _walk(child, (*path, *name), (*above, id(node)))
+            yield from _walk(child, (*path, *name), (*above, id(node)), fuse=fuse)
 
 
 def _layout(layer: object, attribute: str, shape: Shape, feature_map: Shape) -> Layout:
@@ -377,8 +406,8 @@ def _check_fit(module: str, weights: Weights, arrays: Mapping[str, np.ndarray], 
     shapes, dtypes, tied = [], [], []
     first_names: dict[int, str] = {}
     for name, theirs in sorted(pairs.items()):
-        (variable, layout, *_), array = weights[name], arrays[theirs]
-        first = first_names.setdefault(id(variable), theirs)
+        layout, array = weights[name].layout, arrays[theirs]
+        first = first_names.setdefault(weights[name].key, theirs)
         if array.shape != layout.merged:
             shapes.append(f"{theirs} is {array.shape}, expected {layout.merged}")
         elif jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
