@@ -12,6 +12,7 @@ from torch import nn
 from jaxloss import parity
 from jaxloss.parity import load_torch
 from parity_tests.small import small
+from parity_tests.without_torch import BatchNorm
 
 
 def test_frozen_parameters_are_held_fixed(parity):
@@ -175,3 +176,13 @@ def test_fault_of_a_frozen_network_of_integers_is_found():
     port.layers[1].bias.set_value(port.layers[1].bias[...] + 1e-6)
     report = parity.check(original, port, torch.tensor([0, 6, 3, 3]), dtypes=["float64"])
     assert (report.first_divergence.place, report.first_divergence.quantity) == ("1", "bias")
+
+
+@pytest.mark.parametrize("momentum", [None, 0.1])
+def test_running_statistics_that_are_averages_of_all_steps_are_noted(momentum):
+    original = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, momentum=momentum))
+    rngs = nnx.Rngs(0)
+    port = nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), BatchNorm(3, momentum=0.9, rngs=rngs))
+    report = parity.check(original, port, torch.randn(5, 4), train=True, steps=0, dtypes=["float64"])
+    told = "1 average over all steps (momentum=None): only the first step's is compared."
+    assert (told in report.notes) is (momentum is None)

@@ -69,6 +69,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez(tmp_path / "other.npz", inputs=random.normal(size=(5, 4)).astype("float32"), extra=np.ones(2))
     np.savez(tmp_path / "several.npz", a=np.ones((5, 4)), b=np.ones((5, 4)))
     np.savez(tmp_path / "half.npz", a=np.ones((5, 4)), b=np.ones((5, 4)), flax_a=np.ones((5, 4)), targets=np.arange(5))
+    np.savez(tmp_path / "words.npz", inputs=np.array(["a", "b"]))
     np.savez(tmp_path / "empty.npz")
     (tmp_path / "script.py").write_text("raise SystemExit(0)")
     np.savez(tmp_path / "pickled.npz", inputs=np.array([print], dtype=object))
@@ -154,6 +155,7 @@ def test_different_models_exit_1_and_say_where(folder, monkeypatch, capsys):
         ("pair:port", "empty.npz", "holds no inputs"),
         ("pair:port", "pickled.npz", "allow_pickle=False"),
         ("pair:port", "half.npz", "half.npz holds some inputs as flax_NAME, but no flax_b"),
+        ("pair:port", "words.npz", "words.npz: inputs is of <U1, expected numbers"),
         ("pair:port", "pair.py", "pair.py is no .npz file"),
     ],
 )

@@ -289,7 +289,10 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     if isinstance(arrays, np.ndarray):
         raise ValueError(f"{path} holds one array, expected an .npz file.")
     with arrays:
-        return dict(arrays)
+        found = dict(arrays)
+    if words := [name for name, array in found.items() if array.dtype.kind in "SUMm"]:
+        raise ValueError(f"{path}: {words[0]} is of {found[words[0]].dtype}, expected numbers.")
+    return found
 
 
 def _read_batch(path: Path, *, with_targets: bool) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...] | None]:

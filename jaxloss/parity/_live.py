@@ -21,7 +21,8 @@ from jaxloss.parity._state_dict import to_array, to_numpy, to_tensor
 TorchLoss = Callable[..., Tensor]
 DTYPES = {"float64", "float32", "bfloat16", "float16"}
 
-_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
+_NORM = nn.modules.batchnorm._NormBase
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, _NORM, nn.GroupNorm, nn.PReLU)
 
 
 class Live:
@@ -63,6 +64,10 @@ class Live:
         self.module, self.inputs, self.train, self.seed = module, given, train, seed
         self._loss, self._optimizer, self._steps = loss, optimizer, steps
         self._notes: list[str] = []
+        averaging = [name for name, m in module.named_modules() if isinstance(m, _NORM) and m.momentum is None]
+        if train and averaging:
+            names = ", ".join(averaging)
+            self._notes.append(f"{names} average over all steps (momentum=None): only the first step's is compared.")
         if not given or any(t.numel() == 0 for t in given):
             raise ValueError("parity: the batch is empty.")
 
