@@ -187,6 +187,20 @@ def test_norms_at_their_initial_values_pass(parity):
     parity.check(original, load_torch(port, original.state_dict()), torch.randn(8, 4), steps=1)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("epsilon", [float(jnp.finfo(jnp.float32).eps), 1e-6], ids=["right", "Flax's"])
+def test_default_epsilon_of_rms_norm_is_that_of_float32(affine, epsilon):
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(4, 6), nn.RMSNorm(6, elementwise_affine=affine), nn.Linear(6, 3))
+    rngs = nnx.Rngs(0)
+    norm = nnx.RMSNorm(6, epsilon=epsilon, use_scale=affine, rngs=rngs)
+    port = nnx.Sequential(nnx.Linear(4, 6, rngs=rngs), norm, nnx.Linear(6, 3, rngs=rngs))
+    report = parity.check(original, port, torch.randn(5, 4) / 100, steps=2)
+    assert report.ok is (epsilon < 1e-6), str(report)
+    assert report.ok or report.first_divergence.diagnosis == "The port's epsilon is 1e-06, PyTorch's 1.19209e-07."
+    assert original[1].eps is None
+
+
 def test_a_pool_of_one_image_without_a_batch_has_its_reason_too():
     class TorchUnbatched(nn.Module):
         def __init__(self) -> None:

@@ -163,6 +163,7 @@ def _norm(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
         return lambda: function(**{**given, **other})
 
     eps = given.get("eps", 1e-5)
+    eps = torch.finfo(given["input"].dtype).eps if eps is None else eps  # rms_norm's default
     for other in EPSILONS:
         yield Change(f"the port's epsilon is {other:g}, PyTorch's {eps:g}", f"pass epsilon={eps:g}", again(eps=other))
     if (groups := given.get("num_groups")) is not None:

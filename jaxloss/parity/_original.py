@@ -35,6 +35,7 @@ class Original:
             )
         copied, self.optimizer = copy.deepcopy((module, optimizer))
         self.dtype = dtype
+        _keep_epsilons(copied)
         self.module = copied._apply(self._convert).train(train)  # nn.Module.to would make complex tensors real
         if self.optimizer is not None:
             self.optimizer = _fresh(self.optimizer)
@@ -142,6 +143,13 @@ class Original:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _keep_epsilons(module: nn.Module) -> None:
+    """RMSNorm's default is another in every dtype: that of the weights that were given stays."""
+    for norm in (each for each in module.modules() if isinstance(each, nn.RMSNorm) and each.eps is None):
+        weight = next(norm.parameters(), next(module.parameters(), torch.empty(())))
+        norm.eps = torch.finfo(weight.dtype).eps
 
 
 @contextmanager
