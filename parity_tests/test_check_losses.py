@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
 from jaxloss import parity
+from jaxloss.parity import load_torch
 from parity_tests.zoo import randomise
 
 WORDS, LENGTH = 11, 7
@@ -79,6 +80,27 @@ def test_axis_1_is_the_channels_of_a_convolution(parity):
     original, port = randomise(nn.Conv2d(3, 5, 1)), nnx.Conv(3, 5, (1, 1), rngs=nnx.Rngs(0))
     report = parity.check(original, port, torch.randn(2, 3, 4, 4), steps=1)
     assert "No targets were given: classes of axis 1 are drawn, equally likely." in report.notes
+
+
+class TorchPlaces(nn.Module):
+    """A linear layer over the channels of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.movedim(1, -1)).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("targets", [None, (2, 4, 6), (2, 5, 4)], ids=["drawn", "channels", "the last axis"])
+def test_port_may_have_the_channels_last_behind_a_linear_layer(targets, parity):
+    torch.manual_seed(0)
+    original, port = randomise(TorchPlaces()), nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+    names = {kind: f"head.{kind}" for kind in ("weight", "bias")}
+    images = torch.randn(2, 3, 4, 6)
+    batch = images if targets is None else (images, torch.randint(0, 5, targets))
+    parity.check(original, load_torch(port, original.state_dict(), names=names), batch, names=names, steps=1)
 
 
 class Shifted(Tagger):

@@ -60,19 +60,19 @@ class Batch:
             return jnp.vdot(jnp.asarray(self.layout.to_flax(self._multipliers), outputs.dtype), outputs)
         targets = self._targets
         assert targets is not None
-        loss = partial(self._loss, axis=1) if self._has_classes_first(targets) else self._loss
+        loss, layout = self._loss, self.layout
+        whole = layout is not None and targets.shape == layout.merged
+        if loss in (jaxloss.cross_entropy, jaxloss.nll_loss) and layout is not None and layout.merged:
+            last = len(layout.merged) - 1
+            axis = last if classes_are_last(layout.merged, targets.shape) else min(last, 1)  # PyTorch's
+            loss = partial(self._loss, axis=layout.order[axis])
+            if targets.ndim == last:
+                targets = targets.transpose(np.argsort(np.delete(layout.order, axis)))
         if jnp.issubdtype(targets.dtype, jnp.floating):
-            targets = self.layout.to_flax(targets) if self.layout and targets.shape == self.layout.merged else targets
+            targets = layout.to_flax(targets) if layout is not None and whole else targets
             return loss(outputs, jnp.array(targets, outputs.dtype))
         # A copy, because JAX remembers the array itself as the int64 constant that it is in float64's runs.
         return loss(outputs, jnp.array(np.array(targets)))
-
-    def _has_classes_first(self, targets: np.ndarray) -> bool:
-        """Whether the loss has to be told that the port has the classes where PyTorch has them, on axis 1."""
-        layout = self.layout
-        if self._loss not in (jaxloss.cross_entropy, jaxloss.nll_loss) or layout is None or len(layout.shape) < 3:
-            return False
-        return layout == same(layout.merged) and not classes_are_last(layout.merged, targets.shape)
 
 
 def classes_are_last(outputs: Shape, targets: Shape) -> bool:

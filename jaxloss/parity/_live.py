@@ -131,10 +131,11 @@ class Live:
         return (copy.deepcopy(loss).to(outputs.dtype) if isinstance(loss, nn.Module) else loss)(outputs, targets)
 
     def _class_axis(self, outputs: Tensor) -> int:
-        """PyTorch's, or the last of more than two where the last layer has its channels there."""
+        """PyTorch's, or the last of three where the last layer has its channels there."""
         layers = [module for module in self.module.modules() if any(True for _ in module.parameters(recurse=False))]
         in_torch = min(outputs.ndim - 1, 1)
-        return in_torch if not layers or isinstance(layers[-1], _CHANNELS_FIRST) else outputs.ndim - 1
+        sequences = outputs.ndim == 3 and layers and not isinstance(layers[-1], _CHANNELS_FIRST)
+        return 2 if sequences else in_torch
 
     def trainee(self, dtype: str = "float64") -> tuple[Original, torch.optim.Optimizer]:
         """A fresh copy of the original with its optimizer; with Adam if there is none."""
