@@ -9,9 +9,8 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array, ArrayLike, Float, Num
 
 from jaxloss import _checks
-from jaxloss._class_axis import ClassAxis
 from jaxloss._log_softmax import accumulator
-from jaxloss._nll import as_split
+from jaxloss._nll import split_as
 
 KLReduction = Literal["none", "mean", "sum", "batchmean"]
 
@@ -72,8 +71,8 @@ def _kl_div(
     log_p, t = (accumulator(x.astype(dtype)) for x in (log_probs, targets))
     shape = jnp.broadcast_shapes(log_p.shape, t.shape)
     log_p, t = jnp.broadcast_to(log_p, shape), jnp.broadcast_to(t, shape)
-    if any(jax.typeof(log_p).sharding.spec):  # otherwise the targets may stay as they are split
-        t, _ = as_split(ClassAxis(0), log_p, t, None)
+    spec = jax.typeof(log_p).sharding.spec
+    t = split_as(t, spec) if any(spec) else t
     losses = jnp.exp(t) * (t - log_p) if log_target else xlogy(t, t) - t * log_p
     if reduction == "none":
         return losses.astype(dtype)

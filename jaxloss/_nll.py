@@ -1,7 +1,8 @@
 """nll_loss, and how rows become a loss: class weights, ignored and wrong targets, reductions."""
 
+from collections.abc import Iterable
 from functools import partial
-from typing import Literal, no_type_check
+from typing import Any, Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -104,11 +105,13 @@ def as_split(axis: ClassAxis, x: Array, targets: Array, weight: Array | None) ->
     by_class = spec[axis.position : axis.position + 1]
     rows = spec if targets.ndim == x.ndim else spec[: axis.position] + spec[axis.position + 1 :]
 
-    def place(array: Array, wanted: list) -> Array:
-        same = list(jax.typeof(array).sharding.spec) == wanted
-        return array if same else jax.sharding.reshard(array, jax.sharding.PartitionSpec(*wanted))
+    return split_as(targets, rows), None if weight is None else split_as(weight, by_class)
 
-    return place(targets, rows), None if weight is None else place(weight, by_class)
+
+def split_as(x: Array, spec: Iterable[Any]) -> Array:
+    """The array, split over these explicit mesh axes."""
+    same = tuple(jax.typeof(x).sharding.spec) == tuple(spec)
+    return x if same else jax.sharding.reshard(x, jax.sharding.PartitionSpec(*spec))
 
 
 def weigh_rows(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from flax import nnx
@@ -58,11 +59,15 @@ def self_attention(**options: Any) -> nn.Module:
         (self_attention(), attention(2, 8, rngs=nnx.Rngs(0))),
         (self_attention(bias=False), attention(2, 8, use_bias=False, rngs=nnx.Rngs(0))),
         (self_attention(kdim=6, vdim=6), attention(2, 8, in_kv_features=6, rngs=nnx.Rngs(0))),
+        (
+            self_attention(kdim=6, vdim=6, bias=False),
+            attention(2, 8, in_kv_features=6, use_bias=False, rngs=nnx.Rngs(0)),
+        ),
         (self_attention().bfloat16(), attention(2, 8, rngs=nnx.Rngs(0))),
         (nn.TransformerEncoderLayer(8, 2, 16), Encoder(nnx.Rngs(0))),
         (self_attention(), nnx.eval_shape(lambda: attention(2, 8, rngs=nnx.Rngs(0)))),
     ],
-    ids=["plain", "no bias", "keys of another size", "bfloat16", "inside", "abstract"],
+    ids=["plain", "no bias", "other keys", "other keys, no bias", "bfloat16", "inside", "abstract"],
 )
 def test_weights_go_both_ways_bit_for_bit(original, port):
     state = original.state_dict()
@@ -114,6 +119,97 @@ def test_attention_of_two_names_is_one():
     state = original.state_dict()
     with pytest.raises(ValueError, match="one variable in the module but different in the state_dict"):
         load_torch(port, state | {"b.in_proj_weight": state["a.in_proj_weight"] + 1})
+
+
+class Parts(nnx.Module):
+    """An attention by hand, and one of Flax's."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.a, self.b = SelfAttention(8, 2, rngs=rngs), attention(2, 8, rngs=rngs)
+
+
+class Two(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.a, self.b = attention(2, 8, rngs=rngs), attention(2, 8, rngs=rngs)
+
+
+@pytest.mark.parametrize("port", [Parts, Two])
+def test_each_attention_may_be_kept_otherwise(port):
+    apart = {name: nn.Linear(8, 8) for name in ("query", "key", "value", "out")}
+    state = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.ModuleDict(apart)}).state_dict()
+    loaded = load_torch(port(nnx.Rngs(0)), state)
+    np.testing.assert_array_equal(loaded.b.key.kernel[...].reshape(8, 8).T, state["b.key.weight"])
+    names = {name: name for name in weight_map(loaded, state) if name.startswith("b.")}
+    assert to_torch(loaded, names=names).keys() == state.keys()
+
+
+@pytest.mark.parametrize("part", ["query", "key"])
+def test_attentions_that_share_a_part_are_refused(part):
+    port = Two(nnx.Rngs(0))
+    setattr(port.b, part, getattr(port.a, part))
+    state = nn.ModuleDict({name: nn.MultiheadAttention(8, 2) for name in "ab"}).state_dict()
+    with pytest.raises(ValueError, match="share a part, which they cannot in PyTorch"):
+        load_torch(port, state)
+
+
+def test_another_layer_of_pytorchs_name_is_refused():
+    port = attention(2, 8, rngs=nnx.Rngs(0))
+    port.out_proj = nnx.data(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"would both be out_proj\.(weight|bias) in PyTorch"):
+        load_torch(port, self_attention().state_dict())
+
+
+class TorchChain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.cross_attn = self_attention(), randomise(TorchSelfAttention(8, 2, batch_first=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.cross_attn(x + self.self_attn(x))
+
+
+class Chain(nnx.Module):
+    """With names that are not in their order."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.this, self.encoder = attention(2, 8, rngs=rngs), attention(2, 8, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.encoder(x + self.this(x))
+
+
+def test_attentions_of_other_names_are_paired_in_the_order_of_their_calls(parity):
+    original = TorchChain()
+    port = load_torch(Chain(nnx.Rngs(0)), original.state_dict())
+    report = parity.check(original, port, torch.randn(2, 3, 8), losses=None, steps=1, dtypes=["float64"])
+    assert report.weight_map["this.in_proj_weight"] == "self_attn.in_proj_weight"
+    assert report.weight_map["encoder.out_proj.bias"] == "cross_attn.out_proj.bias"
+
+
+class NormalisedDescent(torch.optim.Optimizer):
+    """Steps of one length for each tensor."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(0.1 * parameter.grad / parameter.grad.norm())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimizers_see_flaxs_parts(fused):
+    """Three tensors get three steps of that length, where PyTorch's one gets one."""
+    descent = optax.stateless(lambda gradients, _: jax.tree.map(lambda g: -0.1 * g / jnp.linalg.norm(g), gradients))
+    original = self_attention()
+    module = SelfAttention(8, 2, rngs=nnx.Rngs(0)) if fused else attention(2, 8, rngs=nnx.Rngs(0))
+    port = load_torch(module, original.state_dict())
+    pair = NormalisedDescent(original.parameters()), descent
+    options = {"losses": None, "steps": 1, "dtypes": ["float64"]}
+    report = parity.check(original, port, torch.randn(2, 3, 8), optimizers=pair, **options)
+    assert report.ok is fused, str(report)
+    assert fused or report.first_divergence.place == "step 1"
 
 
 @pytest.mark.parametrize(

@@ -127,3 +127,26 @@ def test_dropout_inside_of_a_function_is_no_reason_to_accuse_the_port():
     report = parity.check(Original(), Port(nnx.Rngs(0)), torch.randn(2, 5, 4), train=True, steps=0, dtypes=["float64"])
     assert any("only those of dropout are given to the port" in note for note in report.notes)
     assert "drops" not in report.first_divergence.diagnosis
+
+
+def test_dropout_a_call_later_is_no_reason_for_what_has_another():
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate = nn.functional.dropout(self.gate(x), 0.5, self.training)
+            return self.down(nn.functional.silu(gate) * self.up(x))
+
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.gate, self.up, self.down = (nnx.Linear(*sizes, rngs=rngs) for sizes in ((4, 6), (4, 6), (6, 3)))
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            gate, up = self.gate(x), self.up(x)
+            return self.down(nnx.gelu(self.dropout(gate)) * up)
+
+    report = parity.check(Original(), Port(nnx.Rngs(0)), torch.randn(5, 4), train=True, steps=0, dtypes=["float64"])
+    assert "gelu with approximate=True where PyTorch applies silu" in report.first_divergence.diagnosis

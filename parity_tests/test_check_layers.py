@@ -1,5 +1,8 @@
 """Layers and what lies between them: with other arguments, with nothing to learn, or on an input that they change."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -256,3 +259,121 @@ def test_other_arguments_of_a_layer_are_named(original, layer, says):
     report = parity.check(module, port, torch.randn(4, 8, 5, 5), losses=None, steps=0, dtypes=["float64"])
     assert report.first_divergence.place == "0"
     assert says in report.first_divergence.diagnosis
+
+
+class Two(nnx.Module):
+    """Two linear layers and what is between them."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        rngs = nnx.Rngs(0)
+        self.first, self.last, self.function = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs), function
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.last(self.function(self.first(x)))
+
+
+class TorchTwo(nn.Module):
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.first, self.last, self.function = nn.Linear(4, 6), nn.Linear(6, 3), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.function(self.first(x)))
+
+
+def reason(original: nn.Module, port: nnx.Module, batch: Any = None, **options: Any) -> str:
+    """The diagnosis of the first difference."""
+    torch.manual_seed(0)
+    port = parity.load_torch(port, original.state_dict())
+    options = {"losses": None, "steps": 0, "dtypes": ["float64"]} | options
+    report = parity.check(original, port, torch.randn(5, 4) if batch is None else batch, **options)
+    return report.first_divergence.diagnosis
+
+
+def in_place(x: torch.Tensor) -> torch.Tensor:
+    mean = x.pow(2).mean(-1, keepdim=True)
+    mean.add_(1e-5)
+    return x * mean.rsqrt()
+
+
+@pytest.mark.parametrize("original", [in_place, lambda x: x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()])
+@pytest.mark.parametrize(
+    ("epsilon", "says"),
+    [
+        (0.0, "The port adds no epsilon, PyTorch one of 1e-05."),
+        (1e-3, "The port adds an epsilon of 0.001, PyTorch one"),
+    ],
+)
+def test_an_epsilon_by_hand_is_named_in_place_too(original, epsilon, says):
+    port = Two(lambda x: x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + epsilon))
+    assert says in reason(TorchTwo(original), port)
+
+
+def test_calls_in_a_form_that_a_rule_does_not_know_leave_the_reason_of_others():
+    original = TorchTwo(lambda x: torch.where(condition=x > 0, input=torch.relu(x), other=0.0) + 1)
+    port = Two(lambda x: jnp.where(x > 0, jax.nn.gelu(x, approximate=False), 0) + 1)
+    assert "applies gelu where PyTorch applies relu" in reason(original, port)
+
+
+@pytest.mark.parametrize("hidden", ["remat", "by hand"])
+def test_layers_whose_calls_are_not_seen_are_not_said_to_be_left_out(hidden):
+    class TorchBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = TorchTwo(torch.sin)
+            self.out = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.inner(x))
+
+    class Block(nnx.Module):
+        def __init__(self) -> None:
+            self.inner, self.out = Two(jnp.cos), nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            if hidden == "remat":
+                return self.out(nnx.remat(lambda inner, x: inner(x))(self.inner, x))
+            first, last = self.inner.first, self.inner.last
+            x = jnp.cos(x @ first.kernel[...] + first.bias[...])
+            return self.out(x @ last.kernel[...] + last.bias[...])
+
+    assert "does not" not in reason(TorchBlock(), Block())
+
+
+def test_the_states_projection_of_an_lstm_has_no_gates():
+    class Port(nnx.Module):
+        def __init__(self, order: str) -> None:
+            shapes = {"ih": (24, 4), "hh": (24, 4), "hr": (4, 6)}
+            for name, shape in shapes.items():
+                setattr(self, f"weight_{name}_l0", nnx.Param(jnp.zeros(shape)))
+            self.bias_ih_l0, self.bias_hh_l0 = nnx.Param(jnp.zeros(24)), nnx.Param(jnp.zeros(24))
+            self.order = order
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            h, c = jnp.zeros((len(x), 4), x.dtype), jnp.zeros((len(x), 6), x.dtype)
+            for step in x.swapaxes(0, 1):
+                of_x = step @ self.weight_ih_l0[...].T + self.bias_ih_l0[...]
+                gates = jnp.split(of_x + h @ self.weight_hh_l0[...].T + self.bias_hh_l0[...], 4, -1)
+                parts = dict(zip(self.order, gates, strict=True))
+                i, f, o = (jax.nn.sigmoid(parts[gate]) for gate in "ifo")
+                c = f * c + i * jnp.tanh(parts["g"])
+                h = (o * jnp.tanh(c)) @ self.weight_hr_l0[...].T
+            return h
+
+    class Whole(nnx.Module):
+        def __init__(self, order: str) -> None:
+            self.rnn, self.head = Port(order), nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.head(self.rnn(x))
+
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(4, 6, proj_size=4, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.rnn(x)[0][:, -1])
+
+    says = reason(Original(), Whole("figo"), torch.randn(2, 5, 4))
+    assert "the input gate for the forget gate" in says

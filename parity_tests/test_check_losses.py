@@ -82,6 +82,42 @@ def test_axis_1_is_the_channels_of_a_convolution(parity):
     assert "No targets were given: classes of axis 1 are drawn, equally likely." in report.notes
 
 
+class FlatLoss(nn.CrossEntropyLoss):
+    """Whose outputs are flattened by itself."""
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return super().forward(outputs.flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (FlatLoss(), lambda z, t: jaxloss.cross_entropy(z.reshape(-1, WORDS), t.reshape(-1))),
+        (partial(F.cross_entropy, label_smoothing=0.1), partial(jaxloss.cross_entropy, label_smoothing=0.1)),
+    ],
+    ids=["subclass", "partial"],
+)
+def test_losses_of_other_kinds_are_called_as_they_are(theirs, ours, parity):
+    original, port, words = tagger()
+    parity.check(original, port, (words, tokens(WORDS, LENGTH)), losses=(theirs, ours), steps=1, dtypes=["float64"])
+
+
+def test_outputs_that_are_transposed_behind_the_last_layer_have_pytorchs_classes(parity):
+    class Original(TorchTagger):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return super().forward(tokens).movedim(-1, 1)
+
+    class Port(Tagger):
+        def __call__(self, tokens: jax.Array) -> jax.Array:
+            return jnp.moveaxis(super().__call__(tokens), -1, 1)
+
+    original = randomise(Original())
+    port = load_torch(Port(nnx.Rngs(0)), original.state_dict())
+    losses = nn.CrossEntropyLoss(), partial(jaxloss.cross_entropy, axis=1)
+    report = parity.check(original, port, tokens(WORDS, LENGTH), losses=losses, steps=1, dtypes=["float64"])
+    assert "No targets were given: classes of axis 1 are drawn, equally likely." in report.notes
+
+
 class TorchPlaces(nn.Module):
     """A linear layer over the channels of an image."""
 

@@ -217,3 +217,13 @@ def test_channels_first_inputs_of_3_and_5_dimensions_are_explained(axes):
     with pytest.raises(ValueError, match="pass flax_batch if its channels are last"):
         parity.check(original, port, batch)
     assert parity.check(original, port, batch, np.moveaxis(batch.numpy(), 1, -1), steps=0).ok
+
+
+def test_errors_of_a_port_of_sequences_are_its_own():
+    class Port(nnx.Linear):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return super().__call__(x).reshape(7, 7)
+
+    port = parity.load_torch(Port(4, 3, rngs=nnx.Rngs(0)), small()[0].state_dict())
+    with pytest.raises(TypeError, match="reshape"):
+        parity.check(small()[0], port, torch.randn(2, 5, 4))

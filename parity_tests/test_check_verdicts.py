@@ -130,6 +130,23 @@ def test_flaxs_fast_variance_is_named_where_float32_shows_it(fast):
         assert (first.place, first.kind, first.fix) == ("0", "precision", "pass use_fast_variance=False")
 
 
+def test_a_norm_whose_rounding_is_right_is_not_blamed():
+    class Port(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.a, self.norm = nnx.Linear(40, 40, rngs=rngs), nnx.BatchNorm(40, epsilon=1e-5, rngs=rngs)
+            self.b = nnx.Linear(40, 30, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.b(jax.lax.optimization_barrier(self.norm(self.a(x)) + 1e4) - 1e4)
+
+    original = nn.Sequential()
+    for name, layer in {"a": nn.Linear(40, 40), "norm": nn.BatchNorm1d(40), "b": nn.Linear(40, 30)}.items():
+        original.add_module(name, layer)
+    report = parity.check(original.eval(), Port(nnx.Rngs(0)), torch.randn(50, 40), losses=None, steps=0)
+    assert {finding.dtype for finding in report.failures()} == {"float32"}
+    assert not any("variance" in finding.diagnosis for finding in report.failures())
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_gradient_of_a_maximum_behind_a_norm_is_no_fault(seed, parity):
     """XLA may round a norm twice, otherwise: then no element equals the maximum."""

@@ -339,7 +339,7 @@ FAULTS = {
     "layer norm for group norm": between("groups", lambda x: normalised(x, (3,)), "each position over the channels"),
     "one group for instance norm": between("instances", lambda x: normalised(x, (1, 2, 3)), "all channels together"),
     "epsilon by hand": between(
-        "root", partial(by_root_mean_square, epsilon=1e-6), "epsilon of 1e-06, PyTorch of 1e-05"
+        "root", partial(by_root_mean_square, epsilon=1e-6), "epsilon of 1e-06, PyTorch one of 1e-05"
     ),
     "a constant of ten digits": between("negated", lambda x: jnp.exp(-x) * (1 + 1e-10), "less than 1e-9"),
     "gate's activation": Fault("swiglu", set_on("", activation=nnx.relu), "between up and down", "relu where PyTorch"),

@@ -162,6 +162,10 @@ def _norm(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
     def again(**other: Any) -> Callable[[], Tensor]:
         return lambda: function(**{**given, **other})
 
+    def by_place() -> Tensor:
+        x = given["input"].movedim(1, -1)
+        return F.layer_norm(x, x.shape[-1:], given.get("weight"), given.get("bias"), eps).movedim(-1, 1)
+
     eps = given.get("eps", 1e-5)
     eps = torch.finfo(given["input"].dtype).eps if eps is None else eps  # rms_norm's default
     for other in EPSILONS:
@@ -173,13 +177,11 @@ def _norm(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
             meaning = f"the port has {other} groups of channels, PyTorch {groups}"
             yield Change(meaning, fix, again(num_groups=other))
             yield Change(f"{meaning}, and another epsilon", fix, again(num_groups=other, eps=1e-6))
-        x, ones = given["input"], [1] * (given["input"].ndim - 2)
-        scale, bias = (1 if given.get(n) is None else given[n].reshape(-1, *ones) for n in ("weight", "bias"))
-        by_place = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + eps).sqrt()
         meaning = "the port normalises each position over the channels, PyTorch groups of channels over all positions"
-        result = by_place * scale + (bias if given.get("bias") is not None else 0)
-        yield Change(meaning, "use nnx.GroupNorm, not nnx.LayerNorm", lambda: result)
+        yield Change(meaning, "use nnx.GroupNorm, not nnx.LayerNorm", by_place)
     if function.__name__ == "instance_norm":
+        meaning = "the port normalises each position over the channels, PyTorch each channel over all positions"
+        yield Change(meaning, "use nnx.InstanceNorm, not nnx.LayerNorm", by_place)
         meaning, fix = "the port normalises all channels together, PyTorch each by itself", "use nnx.InstanceNorm"
         affine = given["input"], 1, given.get("weight"), given.get("bias"), eps
         yield Change(meaning, fix, lambda: F.group_norm(*affine))

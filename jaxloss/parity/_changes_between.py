@@ -8,14 +8,14 @@ from torch import Tensor
 
 from jaxloss.parity._change import Change, Rule
 
-EPSILONS = 1e-3, 1e-5, 1e-6, 1e-8, 1e-12, 0.0
+EPSILONS = 0.0, 1e-3, 1e-5, 1e-6, 1e-8, 1e-12
 
 
 def _sum(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
     a, b = args[:2]
     if isinstance(b, float) and 0 < b <= max(EPSILONS):
         for other in (epsilon for epsilon in EPSILONS if epsilon != b):
-            meaning = f"the port adds an epsilon of {other:g}, PyTorch of {b:g}"
+            meaning = f"the port adds {f'an epsilon of {other:g}' if other else 'no epsilon'}, PyTorch one of {b:g}"
             yield Change(meaning, f"pass epsilon={b:g}", lambda other=other: a + other)
     for kept in (a, b):
         if isinstance(kept, Tensor):

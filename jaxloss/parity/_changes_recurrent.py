@@ -12,14 +12,18 @@ from jaxloss.parity._change import Change, Rule
 
 def _recurrent(gates: Sequence[str]) -> Rule:
     def rule(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
-        place = next(i for i, arg in enumerate(args) if isinstance(arg, list))
+        place = max(i for i, arg in enumerate(args) if isinstance(arg, list))  # behind the state, which may be one too
         weights: list[Tensor] = args[place]
         biases = [i for i, each in enumerate(weights) if each.ndim == 1]  # of inputs and of the state in turn
 
         def again(change: Callable[[Tensor], Tensor], indices: Collection[int]) -> Callable[[], Any]:
-            changed = [change(each) if i in indices else each for i, each in enumerate(weights)]
-            return lambda: function(*args[:place], changed, *args[place + 1 :], **kwargs)
+            def result() -> Any:
+                changed = [change(each) if i in indices else each for i, each in enumerate(weights)]
+                return function(*args[:place], changed, *args[place + 1 :], **kwargs)
 
+            return result
+
+        gated = [i for i, each in enumerate(weights) if len(each) == len(weights[0])]  # no projection of the state
         names = ", ".join(gates)
         for first, second in itertools.combinations(range(len(gates)), 2):
             order = list(range(len(gates)))
@@ -29,7 +33,7 @@ def _recurrent(gates: Sequence[str]) -> Rule:
             def swapped(each: Tensor, order: list[int] = order) -> Tensor:
                 return torch.cat([each.chunk(len(gates))[gate] for gate in order])
 
-            yield Change(meaning, f"split the weights as ({names})", again(swapped, range(len(weights))))
+            yield Change(meaning, f"split the weights as ({names})", again(swapped, gated))
         for name, some in {"bias_ih": biases[::2], "bias_hh": biases[1::2]}.items():
             yield Change(f"the port leaves out {name}", "add both, bias_ih and bias_hh", again(torch.zeros_like, some))
         if "forget" in gates:

@@ -15,7 +15,7 @@ from jaxloss.parity._compare import SMALL, SMALL_GRADIENT, Rounding, is_constant
 from jaxloss.parity._detail import Detail
 from jaxloss.parity._diagnosis import Ask, diagnose, explain_rounding
 from jaxloss.parity._environment import environment
-from jaxloss.parity._findings import FLOAT64_TOLERANCE, SMALL_TENSORS, Findings
+from jaxloss.parity._findings import FLOAT64_TOLERANCE, Findings
 from jaxloss.parity._layout import Layout, same
 from jaxloss.parity._pairs import kept_otherwise
 from jaxloss.parity._programs import CutRun, FreeRun
@@ -332,7 +332,7 @@ def _compare_rounding(findings: Findings, subject: Subject, rough: View, dtype: 
             detail = Detail.of(np.asarray(piece.ours), piece.theirs, piece.layout, true)
             findings.add_rounding(piece.place, piece.quantity, dtype, rounding, detail)
     if small:
-        findings.add_rounding(SMALL_TENSORS, "all together", dtype, Rounding.pooled(small))
+        findings.add_rounding("tensors of fewer than 1000 elements", "all together", dtype, Rounding.pooled(small))
     del cut, oracle
     with jax.enable_x64(False):
         free = rough.programs.free(values, rough.recording.masks)

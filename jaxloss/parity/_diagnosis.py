@@ -8,7 +8,7 @@ from flax import linen, nnx
 
 from jaxloss.parity._compare import UNKNOWN
 from jaxloss.parity._faults import FLOAT32_INSIDE, classify, matches
-from jaxloss.parity._findings import SMALL_TENSORS, Explanation, Failure, Finding
+from jaxloss.parity._findings import Explanation, Failure, Finding
 from jaxloss.parity._layout import channels_last
 from jaxloss.parity._pairs import CallPair
 from jaxloss.parity._recording import LayerCall, Trajectory, sketch
@@ -44,17 +44,17 @@ def diagnose(subject: Subject, failures: Sequence[Failure], steps: Trajectory | 
 def explain_rounding(subject: Subject, findings: Sequence[Finding]) -> None:
     """Names Flax's norms that lose digits, where their rounding is judged to be too much."""
     layers = {weight.layer_name: weight.layer for weight in subject.exact.port.weights.values()}
-    fast = {name for name, layer in layers.items() if getattr(layer, "use_fast_variance", False)}
-    fast -= {name for name, layer in layers.items() if isinstance(layer, nnx.RMSNorm | linen.RMSNorm)}
-    titles = [subject.title(pair) for pair in subject.pairs if pair.ours[0] in fast]
-    for finding in (each for each in findings if not each.ok and each.dtype != "float64"):
-        names = titles if finding.place == SMALL_TENSORS else {finding.place} & {*titles}
-        if names:
-            verb = "takes" if len(names) == 1 else "take"
+    without = (nnx.RMSNorm, linen.RMSNorm, *(() if subject.train else (nnx.BatchNorm, linen.BatchNorm)))
+    fast = {
+        name
+        for name, layer in layers.items()
+        if getattr(layer, "use_fast_variance", False) and not isinstance(layer, without)
+    }
+    titles = {subject.title(pair) for pair in subject.pairs if pair.ours[0] in fast}
+    for finding in (each for each in findings if not each.ok and each.dtype != "float64" and not each.diagnosis):
+        if finding.place in titles:
             finding.kind, finding.fix = "precision", "pass use_fast_variance=False"
-            finding.diagnosis = (
-                f"{', '.join(names)} {verb} the variance as E[x²] - E[x]², Flax's default: it loses digits."
-            )
+            finding.diagnosis = f"{finding.place} takes the variance as E[x²] - E[x]², Flax's default: it loses digits."
 
 
 def _is_step(failure: Failure) -> bool:
@@ -194,9 +194,11 @@ def _of_edge(subject: Subject, failures: Sequence[Failure], ask: Ask) -> Iterato
     failure, edge = failures[0], edge_of(subject, failures[0])
     if edge.pair is not None and edge.call is not None:
         yield from _other_order(subject, edge.pair, edge.call, failure)
-    yield from _other_dropout(subject, edge)
+    elsewhere = len(subject.drops) == len(subject.exact.recording.drops)  # dropped as often, so maybe rightly
+    yield from () if elsewhere else _other_dropout(subject, edge)
     yield from ask(subject, failures)
     yield from _other_layers(subject, edge)
+    yield from _other_dropout(subject, edge) if elsewhere else ()
     if subject.source.inputs[0].ndim == 4 and failure.finding.place == subject.places[0]:
         yield from _other_input(failure)
 
@@ -243,11 +245,18 @@ def _other_layers(subject: Subject, edge: Edge) -> Iterator[Explanation]:
     """Layers inside an edge that the port does not call, or that return another shape there."""
     calls = subject.exact.recording.calls
     for call in (calls[window] for window in edge.windows[:-1]):
-        if call.key in subject.uncalled:
-            yield Explanation(f"PyTorch calls {call.name} here, no call of it is seen in the port", f"call {call.name}")
+        if (layer := subject.uncalled.get(call.key)) is not None and _is_unused(subject, layer):
+            yield Explanation(f"PyTorch calls {call.name} here, the port does not", f"call {call.name}")
         if shapes := subject.misshapen.get(call.key):
             fix = "look at its padding (nnx.Conv's default is SAME, PyTorch's 0), strides and kernel_dilation"
             yield Explanation(f"the port's {call.name} returns {shapes.ours}, PyTorch's {shapes.theirs}", fix)
+
+
+def _is_unused(subject: Subject, layer: str) -> bool:
+    """Whether nothing that the port returns depends on a layer: its calls may be hidden, as inside of `nnx.remat`."""
+    run = subject.exact.programs.free(subject.values(), subject.exact.recording.masks)
+    gradients = [gradient for name, gradient in run.parameter_gradients.items() if name.rpartition(".")[0] == layer]
+    return bool(gradients) and not any(map(np.any, gradients))
 
 
 def _other_input(failure: Failure) -> Iterator[Explanation]:

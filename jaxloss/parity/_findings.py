@@ -11,7 +11,6 @@ from jaxloss.parity._detail import Detail
 from jaxloss.parity._layout import Layout
 
 FLOAT64_TOLERANCE = 1e-12
-SMALL_TENSORS = "tensors of fewer than 1000 elements"  # the place of what is judged together
 SAMPLE = 2**18  # elements of a large array that are compared again, wrong
 
 

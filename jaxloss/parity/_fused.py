@@ -1,7 +1,7 @@
 """Attention's weights as PyTorch's MultiheadAttention keeps them: query, key and value in one tensor."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ from flax import nnx
 from jaxloss.parity._layout import Layout, Shape
 
 OUT = "out_proj"  # PyTorch's name of Flax's `out`
-_JOINED = "in_proj_weight", "in_proj_bias"
+PARTS = ("query", "key", "value")
+_FUSED = ("in_proj_weight", "q_proj_weight")  # the second where keys have another size
 
 
 class Joined:
@@ -30,44 +31,78 @@ class Joined:
         self.shape: Shape = (sum(shape[0] for shape in shapes), *first[1:])
         self.dtype = jnp.result_type(*(variable.dtype for variable in variables))
 
+    def join(self, parts: Iterable[jax.Array]) -> jax.Array:
+        """PyTorch's array of Flax's."""
+        return jnp.concatenate([layout.to_torch(part) for layout, part in zip(self._layouts, parts, strict=True)])
+
+    def split(self, array: jax.Array) -> list[jax.Array]:
+        """Flax's arrays of PyTorch's."""
+        ends = list(itertools.accumulate(layout.merged[0] for layout in self._layouts))
+        parts = jnp.split(array, ends[:-1])
+        return [layout.to_flax(part) for layout, part in zip(self._layouts, parts, strict=True)]
+
     def get_value(self) -> jax.Array:
         """All of them, joined."""
-        pairs = zip(self.variables, self._layouts, strict=True)
-        return jnp.concatenate([layout.to_torch(variable.get_value()) for variable, layout in pairs])
+        return self.join(variable.get_value() for variable in self.variables)
 
     def set_value(self, value: jax.Array) -> None:
         """Gives each its part."""
-        ends = itertools.accumulate(layout.merged[0] for layout in self._layouts)
-        parts = jnp.split(value, list(ends)[:-1])
-        for variable, layout, part in zip(self.variables, self._layouts, parts, strict=True):
-            variable.set_value(layout.to_flax(part))
+        for variable, part in zip(self.variables, self.split(value), strict=True):
+            variable.set_value(part)
 
 
-def is_fused(names: Iterable[str]) -> bool:
-    """Whether PyTorch's names are those of a MultiheadAttention."""
-    return any(name.rpartition(".")[2] in _JOINED for name in names)
+def fused_paths(
+    attentions: Collection[str],
+    apart: Collection[tuple[str, str]],
+    theirs: Collection[str] | None,
+    names: Collection[str],
+) -> set[str]:
+    """Of Flax's attentions, by their paths, those that PyTorch keeps fused.
+
+    The names that are given for the port tell, then PyTorch's. An attention that has no namesake there is fused if
+    another of PyTorch's is, which no other layer of the port stands for: `apart` has paths and attributes of all. If
+    PyTorch's names are not known, all are fused.
+    """
+    kept = {tuple(name.rpartition(".")[::2]) for name in theirs or ()}
+    fused = {path for path, kind in kept if kind in _FUSED}
+    others = fused - {*attentions} - {path for path, kind in apart if kind in _FUSED}
+
+    def is_fused(path: str) -> bool:
+        given = {name.removeprefix(f"{path}.").partition(".")[0] for name in names if name.startswith(path)}
+        if given & {*PARTS, *_FUSED}:
+            return not given & {*PARTS}
+        if theirs is None or path in fused:
+            return True
+        return bool(others) and (".".join(filter(None, (path, PARTS[0]))), "weight") not in kept
+
+    return set(filter(is_fused, attentions))
 
 
-def fused(layer: nnx.MultiHeadAttention, layout: Any) -> Iterator[tuple[str, Joined]]:
+def fused(
+    layer: nnx.MultiHeadAttention, layout: Callable[[Any, str, Shape, Shape], Layout]
+) -> Iterator[tuple[str, Joined]]:
     """What PyTorch has of an attention's query, key and value, by its names; `layout` gives a linear layer's."""
-    parts = {"q": layer.query, "k": layer.key, "v": layer.value}
 
-    def joined(attribute: str, *parts: nnx.LinearGeneral) -> Joined:
-        variables = [getattr(part, attribute) for part in parts]
-        return Joined(
-            variables, [layout(part, attribute, v.shape, ()) for part, v in zip(parts, variables, strict=True)]
-        )
+    def joined(attribute: str, *linears: nnx.LinearGeneral) -> Joined:
+        variables = [getattr(linear, attribute) for linear in linears]
+        layouts = [layout(linear, attribute, v.shape, ()) for linear, v in zip(linears, variables, strict=True)]
+        return Joined(variables, layouts)
 
+    linears = [getattr(layer, part) for part in PARTS]
     if layer.in_features == layer.in_kv_features:
-        yield "in_proj_weight", joined("kernel", *parts.values())
+        yield "in_proj_weight", joined("kernel", *linears)
     else:
-        yield from ((f"{name}_proj_weight", joined("kernel", part)) for name, part in parts.items())
+        yield from ((f"{part[0]}_proj_weight", joined("kernel", x)) for part, x in zip(PARTS, linears, strict=True))
     if layer.use_bias:
-        yield "in_proj_bias", joined("bias", *parts.values())
+        yield "in_proj_bias", joined("bias", *linears)
 
 
 def exact_attention(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
-    """Flax's own, which without dropout is given to `jax.nn.dot_product_attention`: that rounds to float32."""
+    """Flax's own in float64.
+
+    Without a dropout rate it calls `jax.nn.dot_product_attention`, whose softmax is in float32 (flax 0.12.8,
+    nnx/nn/attention.py); with one, it computes the same by itself, and drops nothing if it is deterministic.
+    """
     if not options.get("dropout_rate"):
-        options |= {"dropout_rate": 0.5, "deterministic": True}  # any rate: nothing is dropped
+        options |= {"dropout_rate": 0.5, "deterministic": True}
     return nnx.dot_product_attention(query, key, value, **options)

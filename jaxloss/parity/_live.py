@@ -4,7 +4,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from jaxloss.parity._batch import classes_are_last, parts
 from jaxloss.parity._compare import relative
-from jaxloss.parity._original import Original
+from jaxloss.parity._original import Functions, Original
 from jaxloss.parity._recording import ModuleFacts, Noise, Recording, Sketches, Source, State, Trajectory, sketch
 from jaxloss.parity._state_dict import to_array, to_numpy, to_tensor
 
@@ -131,11 +131,19 @@ class Live:
         return (copy.deepcopy(loss).to(outputs.dtype) if isinstance(loss, nn.Module) else loss)(outputs, targets)
 
     def _class_axis(self, outputs: Tensor) -> int:
-        """PyTorch's, or the last of three where the last layer has its channels there."""
-        layers = [module for module in self.module.modules() if any(True for _ in module.parameters(recurse=False))]
-        in_torch = min(outputs.ndim - 1, 1)
-        sequences = outputs.ndim == 3 and layers and not isinstance(layers[-1], _CHANNELS_FIRST)
-        return 2 if sequences else in_torch
+        """PyTorch's, or the last of three where the last layer returns that shape and has its channels there."""
+        if outputs.ndim == 3:
+            original = self.original()
+            with torch.no_grad():
+                calls, _ = original.forward(original.cast(self.inputs), Functions(self.seed))
+            last = calls[-1] if calls else None
+            if (
+                last
+                and last.output.shape == outputs.shape
+                and not isinstance(original.layers[last.name], _CHANNELS_FIRST)
+            ):
+                return 2
+        return min(outputs.ndim - 1, 1)
 
     def trainee(self, dtype: str = "float64") -> tuple[Original, torch.optim.Optimizer]:
         """A fresh copy of the original with its optimizer; with Adam if there is none."""
@@ -224,7 +232,8 @@ def _name(loss: TorchLoss | None) -> str | None:
 
 
 def _takes_classes(loss: TorchLoss) -> bool:
-    return loss in (F.cross_entropy, F.nll_loss) or isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss)
+    function = loss.func if isinstance(loss, partial) else loss
+    return function in (F.cross_entropy, F.nll_loss) or type(loss) in (nn.CrossEntropyLoss, nn.NLLLoss)
 
 
 def _optimizer_name(optimizer: torch.optim.Optimizer | None) -> str:

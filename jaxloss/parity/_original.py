@@ -236,7 +236,9 @@ class Functions(TorchFunctionMode):
         if func in _WHOLE_CHANNELS:
             return self._drop(func, args, kwargs)
         if (chosen := self._watch(func, args, kwargs)) is not None:
-            return chosen.result()
+            result = chosen.result()
+            in_place = getattr(func, "__name__", "").rstrip("_") + "_" == getattr(func, "__name__", "")
+            return args[0].copy_(result) if in_place and args else result
         before = torch.get_rng_state()
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
@@ -254,7 +256,10 @@ class Functions(TorchFunctionMode):
         """The alternative to this call that is to be done, if it is this one's turn."""
         if not (self._inside or (self._window in self._windows and not self._in_layer)):
             return None
-        alternatives = list(changes(func, args, kwargs))
+        try:
+            alternatives = list(changes(func, args, kwargs))
+        except Exception:  # a call in a form that its rule does not know
+            alternatives = []
         self.alternatives.append(len(alternatives))
         if self._change is None or self._change[0] != len(self.alternatives) - 1:
             return None

@@ -73,6 +73,17 @@ def _layers_given(names: Mapping[str, str]) -> dict[str, str]:
     return {mine: others.pop() for mine, others in layers.items() if len(others) == 1}
 
 
+def with_parents(calls: Iterable[str], weights: Iterable[str]) -> list[str]:
+    """The layers in the order of their calls, each after those around it that have weights of their own."""
+    layers = {name.rpartition(".")[0] for name in weights}
+    order: dict[str, None] = {}
+    for call in calls:
+        parts = call.split(".")
+        around = (".".join(parts[:count]) for count in range(len(parts)))
+        order |= dict.fromkeys([*filter(layers.__contains__, around), call])
+    return list(order)
+
+
 def guesses(pairs: Mapping[str, str], shapes: Shapes) -> list[str]:
     """Of the pairs of other names: the layers that only their order tells from each other, and nothing proves it.
 

@@ -12,10 +12,10 @@ import numpy as np
 from flax import linen, nnx
 from jax.extend.core import get_opaque_trace_state
 
-from jaxloss.parity._fused import exact_attention, is_fused
+from jaxloss.parity._fused import exact_attention
 from jaxloss.parity._masks import PortDrop
 from jaxloss.parity._pairs import Call
-from jaxloss.parity.weights import weights_of
+from jaxloss.parity.weights import Weights, weights_of
 
 Arrays = dict[str, jax.Array]
 Hook = Callable[[object, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -47,11 +47,12 @@ class Port:
         *,
         train: bool,
         told: Collection[np.dtype],
-        preferred: Collection[str] = (),
+        theirs: Collection[str] = (),
+        names: Collection[str] = (),
     ) -> None:
         """Copies the module, and has layers that are told to compute in one of the dtypes told compute in this one.
 
-        Of the names of a weight that has several, one that is preferred is kept.
+        Of the names of a weight that has several, one of theirs, PyTorch's, is kept. `names` are those that are given.
         """
         copied = nnx.clone(module)
         copied.train() if train else copied.eval()
@@ -60,11 +61,10 @@ class Port:
                 computed, now = isinstance(getattr(type(node), name, None), property), getattr(node, name, None)
                 if not computed and now is not None and jnp.dtype(now) in told:
                     setattr(node, name, dtype)
-            if isinstance(node, nnx.MultiHeadAttention) and node.attention_fn is nnx.dot_product_attention:
-                node.attention_fn = exact_attention if dtype == jnp.float64 else node.attention_fn
+            if getattr(node, "attention_fn", None) is nnx.dot_product_attention and dtype == jnp.float64:
+                node.attention_fn = exact_attention
             node.__class__ = _hooked(type(node))
-        self.dtype, self._copied, self._preferred = dtype, copied, preferred
-        self._weights_of = partial(weights_of, fuse=is_fused(preferred))
+        self.dtype, self._copied, self._theirs, self._names = dtype, copied, theirs, names
         self._graph, self._state = nnx.split(copied)
         self.set_flatten({})
         self.layers = leaf_layers({weight.layer_name: weight.layer for weight in self.weights.values()})
@@ -72,11 +72,14 @@ class Port:
     def set_flatten(self, flatten: Mapping[str, Sequence[int]]) -> None:
         """Says which linear layers read or write a flattened feature map, as `load_torch` takes it."""
         self.flatten = dict(flatten)
-        weights = self._weights_of(self._copied, self.flatten)
-        firsts: dict[int, str] = {}
-        for name in sorted(weights, key=lambda name: name not in self._preferred):
+        weights = self._weights_of(self._copied)
+        firsts: dict[tuple[int, ...], str] = {}
+        for name in sorted(weights, key=lambda name: name not in self._theirs):
             firsts.setdefault(weights[name].key, name)
         self.weights = {name: weight for name, weight in weights.items() if name in firsts.values()}
+
+    def _weights_of(self, module: nnx.Module) -> Weights:
+        return weights_of(module, self.flatten, self._theirs, self._names)
 
     @property
     def parameters(self) -> list[str]:
@@ -107,7 +110,7 @@ class Port:
 
     def _run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: "Tape") -> Run:
         module = nnx.merge(self._graph, self._state, copy=True)
-        weights = self._weights_of(module, self.flatten)
+        weights = self._weights_of(module)
         for name, value in values.items():
             weights[name].variable.set_value(value)
         hook.names = {id(weights[name].layer): weights[name].layer_name for name in reversed(list(values))}

@@ -16,6 +16,7 @@ from jaxloss.parity._layout import Layout
 from jaxloss.parity._port import Arrays
 from jaxloss.parity._recording import Sketches, Trajectory, sketch
 from jaxloss.parity._subject import Subject, View
+from jaxloss.parity.weights import Weight, Weights
 
 # How far a right port may be after a step. Where rounding grows beyond that, as it does in a steep network: how many
 # times as far as PyTorch is from itself when, before each step, every weight is moved by as many rounding units as its
@@ -160,25 +161,29 @@ def flax_steps(
     trained: set[str],
 ) -> Iterator[Sketches]:
     """The port's, in PyTorch's layouts, by the port's names and optax's names of what it keeps."""
-    layouts = {name: view.port.weights[name].layout for name in view.port.parameters}
+    weights = {name: view.port.weights[name] for name in view.port.parameters}
+
+    def apart(arrays: Arrays) -> dict[str, Any]:  # as the port has them, and its optimizer sees them
+        return {name: weights[name].split(array) for name, array in arrays.items()}
 
     def advance(parameters: Arrays, state: Any, gradients: Arrays) -> tuple[Arrays, Any]:
-        updates, state = optimizer.update(gradients, state, parameters)
-        moved: Any = optax.apply_updates(parameters, updates)
+        updates, state = optimizer.update(apart(gradients), state, apart(parameters))
+        tree: Any = optax.apply_updates(apart(parameters), updates)
+        moved = {name: weights[name].join(parts) for name, parts in tree.items()}
         return {name: moved[name] if name in trained else p for name, p in parameters.items()}, state
 
     parameters, statistics = view.programs.split(values)
     # Copied, because some optimizers keep the parameters themselves, and a buffer is donated once.
-    state = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, optimizer.init(parameters))
+    state = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, optimizer.init(apart(parameters)))
     advance = jax.jit(advance, donate_argnums=(0, 1))
     for kept in masks:
         kept = subject.port_masks(kept, subject.exact.recording)
         run = view.programs.free({**parameters, **statistics}, kept)
         parameters, state = advance(parameters, state, run.parameter_gradients)
         statistics = run.statistics
-        buffers = _buffers(state, parameters) | {"": parameters}
+        buffers = _buffers(state, weights) | {"": parameters}
         yield {
-            kind: {name: _sketch_as_torch(np.asarray(array), layouts[name]) for name, array in arrays.items()}
+            kind: {name: _sketch_as_torch(np.asarray(array), weights[name].layout) for name, array in arrays.items()}
             for kind, arrays in buffers.items()
         }
 
@@ -195,14 +200,22 @@ def _counterpart(kind: str, mine: Sketches, optimizer: str) -> dict[str, np.ndar
     return next((arrays for name, arrays in mine.items() if name == kind or kind in _BUFFERS.get(name, ())), {})
 
 
-def _buffers(state: Any, parameters: Arrays) -> dict[str, Arrays]:
+def _is_kept(leaf: Any, weight: Weight) -> bool:
+    """Whether it is an array, or one for each part of a weight: no MaskedNode."""
+    if len(weight.parts) == 1:
+        return isinstance(leaf, jax.Array)
+    return isinstance(leaf, list) and [np.shape(part) for part in leaf] == [part.shape for part in weight.parts]
+
+
+def _buffers(state: Any, weights: Weights) -> dict[str, Arrays]:
     """The parts of an optax state that hold one array per parameter, by their field's name."""
     found: dict[str, Arrays] = {}
 
     def visit(node: Any, name: str) -> None:
-        if isinstance(node, dict) and node.keys() == parameters.keys():
-            arrays = {key: leaf for key, leaf in node.items() if isinstance(leaf, jax.Array)}  # no MaskedNode
-            found.setdefault(name, {}).update(arrays)
+        if isinstance(node, dict) and node.keys() == weights.keys():
+            found.setdefault(name, {}).update(
+                {key: weights[key].join(leaf) for key, leaf in node.items() if _is_kept(leaf, weights[key])}
+            )
         elif isinstance(node, dict):
             for key, child in node.items():
                 visit(child, str(key))

@@ -13,7 +13,7 @@ from flax import linen, nnx
 from jaxloss.parity._batch import Batch, FlaxLoss
 from jaxloss.parity._layout import Layout, Shape, channels_last, same
 from jaxloss.parity._masks import port_mask
-from jaxloss.parity._pairs import Call, CallPair, activation_layout, pair_weights
+from jaxloss.parity._pairs import Call, CallPair, activation_layout, pair_weights, with_parents
 from jaxloss.parity._port import Arrays, Port
 from jaxloss.parity._programs import Programs, abstract_run
 from jaxloss.parity._recording import LayerCall, Recording, Source, State
@@ -33,7 +33,7 @@ class View(NamedTuple):
     programs: Programs
 
 
-class Shapes(NamedTuple):
+class OutputShapes(NamedTuple):
     """Of what a layer returns, both with the channels where Flax has them."""
 
     ours: Shape
@@ -57,12 +57,13 @@ class Subject:
         self.source, self.flax_module, self.train = source, flax_module, source.train
         self.batch = Batch(source.inputs, flax_batch, loss)
         self.feature_maps: dict[str, Shape] = {name: tuple(shape) for name, shape in feature_maps.items()}
+        self._names = names or {}
         self.pairs: list[CallPair] = []
-        self.uncalled: set[Call] = set()  # calls of PyTorch's that the port does not make
-        self.misshapen: dict[Call, Shapes] = {}  # calls of PyTorch's that return another shape in the port
+        self.uncalled: dict[Call, str] = {}  # calls of PyTorch's that are not seen in the port, and its layers
+        self.misshapen: dict[Call, OutputShapes] = {}  # calls of PyTorch's that return another shape in the port
         self.exact = self.view("float64")
         self.batch.see(self.exact.recording)
-        self._pair(self.exact, names, ignore)
+        self._pair(self.exact, ignore)
         masks = self.exact.recording.masks
         self._choose_values(self.exact)
         self.exact.recording.masks = self.port_masks(masks, self.exact.recording)
@@ -76,11 +77,11 @@ class Subject:
             recording.masks = self.port_masks(recording.masks, recording)
         return View(recording, state, port, Programs(port, self.batch, self.pairs))
 
-    def _port(self, dtype: np.dtype, preferred: Collection[str]) -> Port:
+    def _port(self, dtype: np.dtype, theirs: Collection[str]) -> Port:
         told = {jnp.dtype(name) for name in ("float32", *self.source.parameter_dtypes)}
         match self.flax_module:
             case nnx.Module() as module:
-                return Port(module, dtype, train=self.train, told=told, preferred=preferred)
+                return Port(module, dtype, train=self.train, told=told, theirs=theirs, names=self._names)
             case (linen.Module() as module, variables):
                 inputs = self.batch.flax_inputs
                 return LinenPort(module, variables, dtype, train=self.train, told=told, inputs=inputs)
@@ -173,12 +174,12 @@ class Subject:
             if in_both and layer in (None, ours.rpartition(".")[0]):
                 yield ours, theirs
 
-    def _pair(self, view: View, names: Names | None, ignore: Collection[str]) -> None:
+    def _pair(self, view: View, ignore: Collection[str]) -> None:
         recording, port = view.recording, view.port
         try:
             shapes, result, self.drops = abstract_run(port, self.batch)
         except (TypeError, ValueError) as error:
-            if self.batch.keeps_channels_first:
+            if self.batch.keeps_channels_first and recording.calls and self._channels_first(recording.calls[0]):
                 raise ValueError(
                     "parity: the port cannot take the batch. Inputs of 3 and 5 dimensions are given to it as PyTorch "
                     f"takes them: pass flax_batch if its channels are last. ({error})"
@@ -189,10 +190,10 @@ class Subject:
         where = "PyTorch's state_dict, nor among the port's variables that are no nnx.Param"
         unwanted = ignored(ignore, [*view.state, *view.state.tied, *untrained], where)
         state = {name: shape for name, shape in view.state.shapes.items() if name not in unwanted}
-        names = {mine: view.state.tied.get(theirs, theirs) for mine, theirs in (names or {}).items()}
+        names = {mine: view.state.tied.get(theirs, theirs) for mine, theirs in self._names.items()}
         ours = {name: weight.layout.merged for name, weight in port.weights.items() if name not in unwanted & untrained}
         check_names(names, ours, state)
-        order = [name for name, _ in shapes], [call.name for call in recording.calls]
+        order = with_parents([name for name, _ in shapes], ours), [call.name for call in recording.calls]
         self.weight_pairs = pair_weights(ours, state, *order, given=names)
         self.mismatched = [
             (mine, f"has shape {ours[mine]}, PyTorch's {state[theirs]}")
@@ -212,7 +213,7 @@ class Subject:
         for call in (call for call in recording.calls if call.name in layers):
             key = layers[call.name], call.index
             if key not in shapes:
-                self.uncalled.add(call.key)
+                self.uncalled[call.key] = layers[call.name]
                 continue
             arrived, left = shapes[key]
             inputs = [self._layout(call, *both, key) for both in zip(map(np.shape, call.inputs), arrived, strict=False)]
@@ -223,7 +224,7 @@ class Subject:
                     self.pairs.append(CallPair(call.key, key, fitting, output))
                 else:
                     theirs = channels_last(call.output.shape).shape if self._channels_first(call) else call.output.shape
-                    self.misshapen[call.key] = Shapes(left, theirs)
+                    self.misshapen[call.key] = OutputShapes(left, theirs)
         self.uncompared = sorted({name for name, _ in shapes} - {pair.ours[0] for pair in self.pairs})
         self.batch.layout = self._output_layout(recording, result)
 

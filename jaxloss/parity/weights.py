@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jaxloss.parity._compare import is_constant
-from jaxloss.parity._fused import OUT, Joined, fused, is_fused
+from jaxloss.parity._fused import OUT, PARTS, Joined, fused, fused_paths
 from jaxloss.parity._layout import Layout, Shape, permuted, same
 from jaxloss.parity._pairs import guesses, kept_otherwise, pair_weights
 from jaxloss.parity._state_dict import read_state_dict
@@ -87,7 +87,7 @@ def load_torch(
             "are variables of its own: check copies PyTorch's for the comparison.)"
         )
     arrays = read_state_dict(state_dict, ignore)
-    weights = weights_of(module, flatten, arrays, fuse=is_fused(arrays))
+    weights = weights_of(module, flatten, arrays, names or {})
     pairs = _pairs(weights, arrays, names)
     _check_fit(type(module).__name__, weights, arrays, pairs)
     guessed = {ours: theirs for ours, theirs in pairs.items() if ours != theirs and ours not in (names or {})}
@@ -137,7 +137,7 @@ def weight_map(
         {'0.weight': 'head.weight'}
     """
     arrays = read_state_dict(state_dict, ignore)
-    return _pairs(weights_of(module, flatten, arrays, fuse=is_fused(arrays)), arrays, names)
+    return _pairs(weights_of(module, flatten, arrays, names or {}), arrays, names)
 
 
 def to_torch(
@@ -165,9 +165,8 @@ def to_torch(
         >>> {name: array.shape for name, array in weights.items()}
         {'weight': (8, 3, 5, 5), 'bias': (8,)}
     """
-    weights, names = weights_of(module, flatten, fuse=True), names or {}
-    if not weights.keys() >= names.keys():
-        weights = weights_of(module, flatten)
+    names = names or {}
+    weights = weights_of(module, flatten, None, names)
     if unknown := [name for name in names if name not in weights]:
         raise ValueError(f"names: there is no {', no '.join(unknown)} in the module.")
     entries, sources = {}, {}
@@ -210,9 +209,17 @@ class Weight(NamedTuple):
         return self.variable.variables if isinstance(self.variable, Joined) else (self.variable,)
 
     @property
-    def key(self) -> int:
+    def key(self) -> tuple[int, ...]:
         """The same for a weight that comes under another name too."""
-        return id(self.parts[0])
+        return tuple(map(id, self.parts))
+
+    def split(self, array: Any) -> Any:
+        """An array in the weight's layout, as Flax has it: in several where it is made of several variables."""
+        return self.variable.split(array) if isinstance(self.variable, Joined) else array
+
+    def join(self, parts: Any) -> Any:
+        """The inverse."""
+        return self.variable.join(parts) if isinstance(self.variable, Joined) else parts
 
     @property
     def is_trained(self) -> bool:
@@ -224,15 +231,19 @@ Weights = dict[str, Weight]
 
 
 def weights_of(
-    module: nnx.Module, flatten: FeatureMaps | None, order: Iterable[str] = (), *, fuse: bool = False
+    module: nnx.Module, flatten: FeatureMaps | None, theirs: Collection[str] | None, names: Collection[str] = ()
 ) -> Weights:
-    """Every variable that PyTorch would save, by PyTorch's name; `order` is how those names follow each other there.
+    """Every variable that PyTorch would save, by PyTorch's name.
 
-    With `fuse` an attention's query, key and value are one.
+    PyTorch's own names in their order, if they are known, and those that are given for the module tell the attentions
+    whose query, key and value are one there.
     """
-    found = list(_walk(module, fuse=fuse))
+    attentions: dict[str, int] = {}  # by path; a shared one has several
+    apart = [(".".join(path), attribute) for path, _, attribute, _ in _walk(module, attentions.__setitem__)]
+    together = {attentions[path] for path in fused_paths(attentions, apart, theirs, names)}
+    found = list(_walk(module, lambda path, attention: attention in together))
     layers = {".".join(path): layer for path, layer, _, _ in found}
-    known = dict.fromkeys(name.rpartition(".")[0] for name in order)
+    known = dict.fromkeys(name.rpartition(".")[0] for name in theirs or ())
     if layers.keys() <= known.keys():
         layers = {name: layers[name] for name in known if name in layers}
     _check_flatten(layers, flatten)
@@ -249,36 +260,47 @@ def weights_of(
                 "rename one."
             )
         weights[full] = Weight(variable, layout, layer, layer_name, flax_name)
+    _check_shared(type(module).__name__, weights)
     return weights
 
 
+def _check_shared(module: str, weights: Weights) -> None:
+    """Raises where two attentions share some of query, key and value: PyTorch's share all or nothing."""
+    owners: dict[int, str] = {}
+    for name, weight in weights.items():
+        for part in weight.key:
+            owner = owners.setdefault(part, name)
+            if weights[owner].key != weight.key:
+                raise ValueError(f"{module}: {owner} and {name} share a part, which they cannot in PyTorch.")
+
+
 def _walk(
-    node: Any, path: tuple[str, ...] = (), above: tuple[int, ...] = (), *, fuse: bool
+    node: Any, is_fused: Callable[[str, int], Any], path: tuple[str, ...] = (), above: tuple[int, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any, str, nnx.Variable | Joined]]:
     """Path, layer, attribute and variable of every weight; a shared one comes under each of its names."""
     if id(node) in above:  # a reference to itself, or to its parent
         return
     match node:
-        case nnx.MultiHeadAttention() if fuse:
+        case nnx.MultiHeadAttention() if is_fused(".".join(path), id(node)):
             yield from ((path, node, name, joined) for name, joined in fused(node, linear_layout))
-            children = {OUT if name == "out" else name: child for name, child in vars(node).items()}
-            children = {name: child for name, child in children.items() if name not in ("query", "key", "value")}
+            children = [(OUT if name == "out" else name, child) for name, child in vars(node).items()]
+            children = [(name, child) for name, child in children if name not in PARTS]
         case nnx.Pytree():
-            children = vars(node)
+            children = vars(node).items()
         case dict():
-            children = node
+            children = node.items()
         case list() | tuple():
-            children = dict(enumerate(node))
+            children = enumerate(node)
         case _:
             return
-    for attribute, child in children.items():
+    for attribute, child in children:
         if isinstance(child, nnx.Variable):
             if not isinstance(child, _NOT_WEIGHTS):
                 yield path, node, str(attribute), child
         else:
             # PyTorch numbers the entries of a Sequential directly: "layer1.0", where Flax has "layer1.layers.0".
             name = () if isinstance(node, nnx.Sequential) else (str(attribute),)
-            yield from _walk(child, (*path, *name), (*above, id(node)), fuse=fuse)
+            yield from _walk(child, is_fused, (*path, *name), (*above, id(node)))
 
 
 def _layout(layer: object, attribute: str, shape: Shape, feature_map: Shape) -> Layout:
@@ -404,7 +426,7 @@ def _is_tied(a: np.ndarray, b: np.ndarray) -> bool:
 def _check_fit(module: str, weights: Weights, arrays: Mapping[str, np.ndarray], pairs: Names) -> None:
     """Raises one error that lists everything wrong."""
     shapes, dtypes, tied = [], [], []
-    first_names: dict[int, str] = {}
+    first_names: dict[tuple[int, ...], str] = {}
     for name, theirs in sorted(pairs.items()):
         layout, array = weights[name].layout, arrays[theirs]
         first = first_names.setdefault(weights[name].key, theirs)
