@@ -203,7 +203,7 @@ def index_targets(
         raise ValueError(f"{name}: ignore_index must fit in int32, got {ignore_index}.")
     targets = _held(targets)
     if isinstance(targets, np.ma.MaskedArray):
-        raise TypeError(f"{name}: targets must not be a masked array: fill it with ignore_index, targets.filled(-100).")
+        raise TypeError(f"{name}: targets must not be a masked array. Pass targets.filled({ignore_index}).")
     if not isinstance(targets, jax.Array | np.ndarray):
         try:
             targets = np.asarray(targets)

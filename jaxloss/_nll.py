@@ -104,7 +104,6 @@ def as_split(axis: ClassAxis, x: Array, targets: Array, weight: Array | None) ->
     spec = list(jax.typeof(x).sharding.spec)
     by_class = spec[axis.position : axis.position + 1]
     rows = spec if targets.ndim == x.ndim else spec[: axis.position] + spec[axis.position + 1 :]
-
     return split_as(targets, rows), None if weight is None else split_as(weight, by_class)
 
 

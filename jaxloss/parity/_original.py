@@ -232,16 +232,15 @@ class Functions(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Called by PyTorch instead of `func`."""
-        kwargs = dict(kwargs or {})
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", str(func))
         if func in _WHOLE_CHANNELS:
             return self._drop(func, args, kwargs)
         if (chosen := self._watch(func, args, kwargs)) is not None:
             result = chosen.result()
-            in_place = getattr(func, "__name__", "").rstrip("_") + "_" == getattr(func, "__name__", "")
-            return args[0].copy_(result) if in_place and args else result
+            in_place = args and name.endswith("_") and not name.endswith("__")
+            return args[0].copy_(result) if in_place else result
         before = torch.get_rng_state()
         result = func(*args, **kwargs)
-        name = getattr(func, "__name__", str(func))
         if not torch.equal(before, torch.get_rng_state()):
             self.random[name] = None
         if _rounded(result) and not any(map(_rounded, (*args, *kwargs.values()))):

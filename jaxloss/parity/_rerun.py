@@ -65,9 +65,8 @@ def _of_edge(live: Live, subject: Subject, failure: Failure) -> Iterator[Explana
 
     yield from _changed(run, layout, failure.ours, partial(Functions, live.seed, windows=windows))
     yield from _inserted(theirs, layout, failure.ours)
-    before = range(
-        max(0, windows.start - NEAR), windows.start
-    )  # where what joins this edge may be computed, like a gate
+    # What joins this edge, like a gate, may have been computed before it.
+    before = range(max(0, windows.start - NEAR), windows.start)
     yield from _changed(run, layout, failure.ours, partial(Functions, live.seed, windows=before))
 
 
