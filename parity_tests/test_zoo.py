@@ -337,7 +337,12 @@ FAULTS = {
     ),
     "adaptive pool of maxima": between("pooled", lambda x: x.max((1, 2), keepdims=True), "pools maxima"),
     "layer norm for group norm": between("groups", lambda x: normalised(x, (3,)), "each position over the channels"),
-    "one group for instance norm": between("instances", lambda x: normalised(x, (1, 2, 3)), "all channels together"),
+    "one group for instance norm": between(
+        "instances", lambda x: nnx.relu(normalised(x, (1, 2, 3))), "all channels together"
+    ),
+    "layer norm for instance norm": between(
+        "instances", lambda x: nnx.relu(normalised(x, (3,))), "each position over the channels"
+    ),
     "epsilon by hand": between(
         "root", partial(by_root_mean_square, epsilon=1e-6), "epsilon of 1e-06, PyTorch one of 1e-05"
     ),
@@ -466,6 +471,11 @@ def row(name: str) -> str:
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_found_placed_and_named(name):
     assert row(name) in TABLE.read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"cnn", "net"}))  # those are tested with their trainings
+def test_network_without_a_fault_passes(name, parity):
+    parity.judge(run(CASES[name], steps=0, dtypes=["float64"]))
 
 
 @pytest.mark.parametrize("function", [torch.add, torch.sub, torch.mul, torch.div, torch.matmul, torch.bmm])

@@ -354,7 +354,7 @@ BETWEEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[jax.A
     "attention": (attend, attend_in_jax, 4),
     "causal": (partial(attend, causal=True), partial(attend_in_jax, mask=jnp.tri(25, dtype=bool)), 4),
     "groups": (lambda x: F.group_norm(x, 2), by_groups, 4),
-    "instances": (F.instance_norm, lambda x: normalised(x, (1, 2)), 4),
+    "instances": (lambda x: F.instance_norm(x).relu(), lambda x: nnx.relu(normalised(x, (1, 2))), 4),
     "root": (lambda x: x * (x.pow(2).mean(1, keepdim=True) + 1e-5).rsqrt(), by_root_mean_square, 4),
     "pooled": (lambda x: F.adaptive_avg_pool2d(x, 1), lambda x: x.mean((1, 2), keepdims=True), 4),
 }
