@@ -194,11 +194,13 @@ def _of_edge(subject: Subject, failures: Sequence[Failure], ask: Ask) -> Iterato
     failure, edge = failures[0], edge_of(subject, failures[0])
     if edge.pair is not None and edge.call is not None:
         yield from _other_order(subject, edge.pair, edge.call, failure)
-    elsewhere = len(subject.drops) == len(subject.exact.recording.drops)  # dropped as often, so maybe rightly
-    yield from () if elsewhere else _other_dropout(subject, edge)
+    drops_as_often = len(subject.drops) == len(subject.exact.recording.drops)
+    if not drops_as_often:
+        yield from _other_dropout(subject, edge)
     yield from ask(subject, failures)
     yield from _other_layers(subject, edge)
-    yield from _other_dropout(subject, edge) if elsewhere else ()
+    if drops_as_often:  # a drop a call later may be right
+        yield from _other_dropout(subject, edge)
     if subject.source.inputs[0].ndim == 4 and failure.finding.place == subject.places[0]:
         yield from _other_input(failure)
 
