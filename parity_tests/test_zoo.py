@@ -20,7 +20,10 @@ from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
 from jaxloss.parity import Report
+from jaxloss.parity._change import Choice
 from jaxloss.parity._changes import changes
+from jaxloss.parity._changes_rotary import HALVES, NEIGHBOURS, TURNS
+from jaxloss.parity._original import Functions
 from parity_tests.zoo import (
     CASES,
     FlaxResidual,
@@ -33,6 +36,7 @@ from parity_tests.zoo import (
     pad,
     resized,
     run,
+    turned_in_jax,
 )
 
 
@@ -185,13 +189,13 @@ def without_bias_hh(port: Any, original: Any) -> None:
     calls(__call__=call)(port.rnn, original)
 
 
-def without_norm2(port: Any, original: Any) -> Any:
-    def call(self: Any, tokens: Any) -> Any:
-        x = self.embed(tokens)
-        x = x + self.proj(self.attend(self.norm1(x)))
-        return self.head((x + self.down(jax.nn.gelu(self.up(x), approximate=False)))[:, -1])
+def feed_without_norm2(self: Any, x: Any) -> Any:
+    return x + self.down(jax.nn.gelu(self.up(x), approximate=False))
 
-    return calls(__call__=call)(port, original)
+
+def mix_from_the_norm(self: Any, x: Any) -> Any:
+    x = self.norm1(x)
+    return x + self.proj(self.attend(x))
 
 
 def by_running_statistics(port: Any, original: Any) -> None:
@@ -269,7 +273,7 @@ FAULTS = {
         "transformer", set_on("", scores="bkhd,bqhd->bhqk"), "between value and proj", "is the transpose of PyTorch's"
     ),
     "attention scaled by 1/d": Fault(
-        "transformer", set_on("", scale=0.25), "between value and proj", "division by 2 is applied twice"
+        "transformer", set_on("", scale=0.25), "between value and proj", "by sqrt(4) once more"
     ),
     "heads merged before they are moved": Fault(
         "transformer", set_on("", merged="bhqk,bkhd->bhqd"), "between value and proj", "transposition is missing"
@@ -283,6 +287,27 @@ FAULTS = {
     "earlier positions masked": between("causal", masked(jnp.tri(25, dtype=bool).T), "masks earlier positions"),
     "mask off by one": between("causal", masked(jnp.tri(25, k=1, dtype=bool)), "see the next"),
     "masked scores of 0": Fault("transformer", set_on("", filler=0.0), "between value and proj", "with 0, PyTorch"),
+    "neighbours turned for halves": between(
+        "halves", turned_in_jax("neighbours"), "neighbouring channels together, PyTorch"
+    ),
+    "neighbours turned for halves, apart": between(
+        "apart", turned_in_jax("neighbours"), "neighbouring channels together"
+    ),
+    "halves turned for neighbours": between(
+        "neighbours", turned_in_jax("halves"), "one half of the channels with the other"
+    ),
+    "halves turned for every two": between(
+        "every two", turned_in_jax("halves"), "one half of the channels with the other"
+    ),
+    "angles of halves": between(
+        "halves", turned_in_jax("neighbours", angles="halves"), "laid out for turning one half"
+    ),
+    "angles of neighbours": between(
+        "every two", turned_in_jax("halves", angles="neighbours"), "laid out for turning neighbouring"
+    ),
+    "turned backwards": between("halves", turned_in_jax("halves", -1), "negative angles"),
+    "complex conjugates": between("neighbours", turned_in_jax("neighbours", -1), "negative angles"),
+    "scaled attention for one without": between("halves", turned_in_jax("halves", scale=0.5), "by sqrt(4) once more"),
     "heads repeated together": between("repeated", lambda x: jnp.tile(x, 2), "repeats all together"),
     "corners not aligned": between("corners", lambda x: resized(x, 7, "linear"), "align_corners=True"),
     "smoothed before it is shrunk": between("shrunk", lambda x: resized(x, 3, "linear", antialias=True), "smooths"),
@@ -292,6 +317,7 @@ FAULTS = {
     "joined in reverse": between("joined", lambda x: jnp.concatenate((jnp.tanh(x), x), -1), "reverse order"),
     "gated by the other half": between("gated", lambda x: jax.nn.sigmoid(x[..., :2]) * x[..., 2:], "first half"),
     "layer's scale missing": between("scaled", lambda x: x, "layer's scale"),
+    "factor applied twice": between("halved", lambda x: x * 0.25, "0.5 is applied twice"),
     "difference the other way round": between("difference", lambda x: x - jnp.tanh(x), "other way round"),
     "sum for difference": between("difference", lambda x: jnp.tanh(x) + x, "adds what PyTorch subtracts"),
     "sign missing": between("negated", jnp.exp, "minus sign"),
@@ -303,6 +329,24 @@ FAULTS = {
     ),
     "residual missing": Fault(
         "residual", calls(join=lambda self, y, x: nnx.relu(y)), "between bn2 and fc", "summands is missing"
+    ),
+    "relu before the sum": Fault(
+        "residual",
+        calls(join=lambda self, y, x: nnx.relu(y) + x),
+        "between bn2 and fc",
+        "applies relu to a sum's first term",
+    ),
+    "residual of the norm": Fault(
+        "transformer",
+        calls(mix=mix_from_the_norm),
+        "between proj and norm2",
+        "adds what norm1 returns, PyTorch what it gets",
+    ),
+    "mean for an element": Fault(
+        "transformer",
+        calls(pool=lambda self, x: x.mean(1)),
+        "between down and head",
+        "takes the mean, PyTorch element -1",
     ),
     "relu missing": Fault("residual", calls(join=lambda self, y, x: y + x), "between bn2 and fc", "leaves out relu"),
     "average without padding": Fault(
@@ -348,7 +392,9 @@ FAULTS = {
     ),
     "a constant of ten digits": between("negated", lambda x: jnp.exp(-x) * (1 + 1e-10), "less than 1e-9"),
     "gate's activation": Fault("swiglu", set_on("", activation=nnx.relu), "between up and down", "relu where PyTorch"),
-    "layer left out": Fault("transformer", without_norm2, "between proj and up", "PyTorch calls norm2 here"),
+    "layer left out": Fault(
+        "transformer", calls(feed=feed_without_norm2), "between proj and up", "PyTorch calls norm2 here"
+    ),
     "layer of another shape": Fault(
         "upsample", set_on("up", padding="SAME"), "between the input and fc", "up returns (6, 8, 8, 3)"
     ),
@@ -488,6 +534,39 @@ def test_a_call_that_names_its_operands_is_changed_as_one_that_does_not(function
     for args, kwargs in (((a,), {second: b}), ((), {"input": a, second: b})):
         found = [change.result() for change in changes(function, args, kwargs)]
         torch.testing.assert_close(found, expected)
+
+
+def test_a_join_of_unlike_tensors_can_be_reversed():
+    a, b = torch.rand(2, 3), torch.rand(2, 5)
+    found = [change.result() for change in changes(torch.cat, ([a, b], 1), {})]
+    torch.testing.assert_close(found, [torch.cat((b, a), 1)])
+
+
+@pytest.mark.parametrize(
+    "take_apart",
+    [
+        lambda x: x.chunk(2, -1),
+        lambda x: x.split(4, -1),
+        lambda x: x.tensor_split(2, dim=-1),
+        lambda x: (x.narrow(-1, 0, 4), x.narrow(-1, 4, 4)),
+        lambda x: (x[..., :4], x[:, 4:]),
+    ],
+)
+def test_however_rotary_positions_take_halves_neighbours_can_be_taken(take_apart):
+    x = torch.rand(3, 8)
+    with Functions(0, inside=True, choice=Choice(None, TURNS.format(NEIGHBOURS, HALVES), 0)):
+        found = take_apart(x)
+    torch.testing.assert_close(tuple(found), (x[:, ::2], x[:, 1::2]))
+
+
+@pytest.mark.parametrize(
+    "take_apart", [lambda x: x.unflatten(-1, (4, 2)).unbind(-1), lambda x: (x[..., ::2], x[:, 1::2])]
+)
+def test_however_rotary_positions_take_neighbours_halves_can_be_taken(take_apart):
+    x = torch.rand(3, 8)
+    with Functions(0, inside=True, choice=Choice(None, TURNS.format(HALVES, NEIGHBOURS), 0)):
+        found = take_apart(x)
+    torch.testing.assert_close(tuple(found), (x[:, :4], x[:, 4:]))
 
 
 def test_readme_shows_what_a_report_says():

@@ -110,10 +110,16 @@ class FlaxTransformer(nnx.Module):
         self.scores, self.merged = "bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.embed(tokens)
-        x = x + self.proj(self.attend(self.norm1(x)))
-        x = x + self.down(jax.nn.gelu(self.up(self.norm2(x)), approximate=self.approximate))
-        return self.head(x[:, -1])
+        return self.head(self.pool(self.feed(self.mix(self.embed(tokens)))))
+
+    def mix(self, x: jax.Array) -> jax.Array:
+        return x + self.proj(self.attend(self.norm1(x)))
+
+    def feed(self, x: jax.Array) -> jax.Array:
+        return x + self.down(jax.nn.gelu(self.up(self.norm2(x)), approximate=self.approximate))
+
+    def pool(self, x: jax.Array) -> jax.Array:
+        return x[:, -1]
 
     def attend(self, x: jax.Array) -> jax.Array:
         batch, length, width = x.shape
@@ -336,6 +342,68 @@ def by_root_mean_square(x: jax.Array, epsilon: float = 1e-5) -> jax.Array:
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + epsilon)
 
 
+def turned_halves(x: torch.Tensor) -> torch.Tensor:
+    """Rotary positions as in the original of many a language model."""
+    angles = torch.cat([torch.outer(torch.arange(x.shape[1]), torch.tensor([1.0, 0.3]))] * 2, -1).to(x)
+    first, second = x.chunk(2, -1)
+    return x * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
+
+
+def turned_apart(x: torch.Tensor) -> torch.Tensor:
+    """The same, half by half."""
+    angles = torch.outer(torch.arange(x.shape[1]), torch.tensor([1.0, 0.3])).to(x)
+    first, second, cos, sin = x[..., :2], x[..., 2:], angles.cos(), angles.sin()
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def turned_neighbours(x: torch.Tensor) -> torch.Tensor:
+    """The same, of neighbours as complex numbers."""
+    angles = torch.outer(torch.arange(x.shape[1]), torch.tensor([1.0, 0.3])).to(x)
+    pairs = torch.view_as_complex(x.contiguous().view(*x.shape[:-1], 2, 2))
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+
+def turned_every_two(x: torch.Tensor) -> torch.Tensor:
+    """The same, with angles for each channel."""
+    angles = torch.outer(torch.arange(x.shape[1]), torch.tensor([1.0, 0.3])).to(x).repeat_interleave(2, -1)
+    turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    return x * angles.cos() + turned * angles.sin()
+
+
+def turned_in_jax(pairs: str, way: int = 1, angles: str = "", scale: float = 1.0) -> Callable[[jax.Array], jax.Array]:
+    """Attention to places with rotary positions, which turn halves or neighbours by angles laid out for either."""
+
+    def both(x: jax.Array, layout: str) -> jax.Array:
+        return jnp.concatenate([x, x], -1) if layout == "halves" else jnp.repeat(x, 2, -1)
+
+    def turn(x: jax.Array) -> jax.Array:
+        rates = jnp.array([1.0, 0.3], x.dtype)
+        angle = both(way * jnp.arange(x.shape[1], dtype=x.dtype)[:, None] * rates, angles or pairs)
+        if pairs == "halves":
+            turned = jnp.concatenate([-x[..., 2:], x[..., :2]], -1)
+        else:
+            turned = jnp.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
+        return x * jnp.cos(angle) + turned * jnp.sin(angle)
+
+    def call(x: jax.Array) -> jax.Array:
+        places = x.reshape(len(x), -1, x.shape[-1])
+        weights = jax.nn.softmax(scale * turn(places) @ turn(jnp.tanh(places)).swapaxes(1, 2))
+        return (weights @ places).reshape(x.shape)
+
+    return call
+
+
+def rotary(turn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Attention to places, without a scale."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        places = x.flatten(2).transpose(1, 2)
+        weights = F.softmax(turn(places) @ turn(places.tanh()).transpose(1, 2), -1)
+        return (weights @ places).transpose(1, 2).reshape(x.shape)
+
+    return call
+
+
 # By name: a function in both frameworks, and how many channels it makes of four.
 BETWEEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[jax.Array], jax.Array], int]] = {
     "corners": (lambda x: F.interpolate(x, 7, mode="bilinear", align_corners=True), from_corner_to_corner, 4),
@@ -348,11 +416,16 @@ BETWEEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[jax.A
         lambda x: x * jnp.arange(1, 5, dtype=x.dtype),
         4,
     ),
+    "halved": (lambda x: x * 0.5, lambda x: x * 0.5, 4),
     "difference": (lambda x: x.tanh() - x, lambda x: jnp.tanh(x) - x, 4),
     "negated": (lambda x: (-x).exp(), lambda x: jnp.exp(-x), 4),
     "repeated": (lambda x: x.repeat_interleave(2, 1), lambda x: jnp.repeat(x, 2, -1), 8),
     "attention": (attend, attend_in_jax, 4),
     "causal": (partial(attend, causal=True), partial(attend_in_jax, mask=jnp.tri(25, dtype=bool)), 4),
+    "halves": (rotary(turned_halves), turned_in_jax("halves"), 4),
+    "apart": (rotary(turned_apart), turned_in_jax("halves"), 4),
+    "neighbours": (rotary(turned_neighbours), turned_in_jax("neighbours"), 4),
+    "every two": (rotary(turned_every_two), turned_in_jax("neighbours"), 4),
     "groups": (lambda x: F.group_norm(x, 2), by_groups, 4),
     "instances": (lambda x: F.instance_norm(x).relu(), lambda x: nnx.relu(normalised(x, (1, 2))), 4),
     "root": (lambda x: x * (x.pow(2).mean(1, keepdim=True) + 1e-5).rsqrt(), by_root_mean_square, 4),

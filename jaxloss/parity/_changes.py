@@ -9,15 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from jaxloss.parity._change import Change, Rule
-from jaxloss.parity._changes_between import BETWEEN_LAYERS, EPSILONS
+from jaxloss.parity._changes_between import BETWEEN_LAYERS, EPSILONS, of_terms
 from jaxloss.parity._changes_recurrent import RECURRENT
+from jaxloss.parity._changes_rotary import ROTARY
 
 
 def changes(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
     """Everything that a port may have done instead of this call."""
-    rule = _RULES.get(getattr(function, "__name__", "").strip("_"))
-    if rule is not None:
-        yield from rule(function, args, kwargs)
+    name = getattr(function, "__name__", "").strip("_")
+    for rules in (_RULES, ROTARY):
+        if name in rules:
+            yield from rules[name](function, args, kwargs)
 
 
 def dropped(x: Tensor, source: Tensor, p: float) -> Tensor:
@@ -66,6 +68,8 @@ def _activation(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: 
             meaning = f"the port's {name} has {parameter}={value:g}, PyTorch's {parameter}={own_value:g}"
             yield Change(meaning, fix.format(own_value), lambda value=value: function(x, value))
     yield Change(f"the port leaves out {name}", f"apply {name}", lambda: x)
+    for meaning in of_terms(name):
+        yield Change(meaning, f"apply {name} to the sum", lambda: x, together=True)
 
 
 # By activation: its parameter, what ports give it, PyTorch's default first, and the fix.

@@ -5,10 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from jaxloss.parity._change import Change, Rule
 
 EPSILONS = 0.0, 1e-3, 1e-5, 1e-6, 1e-8, 1e-12
+AROUND_SUMS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+def of_terms(activation: str) -> list[str]:
+    """That it is applied to a term in the port: a change to the sum, and to the activation after it."""
+    return [f"the port applies {activation} to a sum's {term} term, PyTorch to the sum" for term in ("first", "second")]
 
 
 def _sum(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
@@ -26,6 +33,10 @@ def _sum(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[st
             )
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         yield Change("the port subtracts what PyTorch adds", "add", lambda: a - b)
+        for name, apply in AROUND_SUMS.items():
+            first, second = of_terms(name)
+            yield Change(first, f"apply {name} to the sum", lambda f=apply: f(a) + b, together=True)
+            yield Change(second, f"apply {name} to the sum", lambda f=apply: a + f(b), together=True)
 
 
 def _difference(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
@@ -58,6 +69,8 @@ def _product(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dic
     if min(a.ndim, b.ndim) > 1 and a.shape[-2] == b.shape[-1]:
         meaning = "a matrix product is the transpose of PyTorch's (queries and keys swapped?)"
         yield Change(meaning, "swap its operands", lambda: function(*args, **kwargs).transpose(-1, -2))
+    meaning = f"the port divides a product by sqrt({a.shape[-1]}) once more than PyTorch (attention's 1/sqrt(d)?)"
+    yield Change(meaning, "scale as PyTorch does", lambda: function(*args, **kwargs) / a.shape[-1] ** 0.5)
 
 
 def _joined(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
@@ -90,6 +103,34 @@ def _mean(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[s
         yield Change(
             f"the port takes the {name}, PyTorch the mean", "take the mean", lambda f=other: f(*args, **kwargs)
         )
+    given = dict(zip(("input", "dim", "keepdim"), args, strict=False)) | kwargs
+    if isinstance(axis := given.get("dim"), int) and not given.get("keepdim"):
+        for name, index in ENDS.items():
+            meaning = f"the port takes the {name} element, PyTorch the mean (a class token?)"
+            yield Change(meaning, "take the mean", lambda index=index: given["input"].select(axis, index))
+
+
+ENDS = {"first": 0, "last": -1}
+
+
+def _element(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+    """One element along an axis that is not the batch's."""
+    x, index = args
+    entries = index if isinstance(index, tuple) else (index,)
+    axes = [axis for axis, entry in enumerate(entries) if isinstance(entry, int)]
+    if not all(isinstance(entry, (int, slice)) for entry in entries) or len(axes) != 1 or axes == [0]:
+        return
+    (axis,) = axes
+
+    def along(entry: Any) -> Tensor:
+        return x[(*entries[:axis], entry, *entries[axis + 1 :])]
+
+    fix = f"take element {entries[axis]}"
+    meaning = f"the port takes the mean, PyTorch element {entries[axis]} (a class token?)"
+    yield Change(meaning, fix, lambda: along(slice(None)).mean(axis))
+    for name, end in ENDS.items():
+        meaning = f"the port takes the {name} element, PyTorch element {entries[axis]}"
+        yield Change(meaning, fix, lambda end=end: along(end))
 
 
 def _flatten(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
@@ -226,6 +267,7 @@ BETWEEN_LAYERS: dict[str, Rule] = {
     "glu": _gated,
     "repeat_interleave": _repeated,
     "mean": _mean,
+    "getitem": _element,
     **dict.fromkeys(("flatten", "view", "reshape"), _flatten),
     **dict.fromkeys(("transpose", "swapaxes", "permute"), _transposed),
     **dict.fromkeys(("std", "var"), _spread),

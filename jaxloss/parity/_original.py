@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
-from jaxloss.parity._change import Change
+from jaxloss.parity._change import Change, Choice
 from jaxloss.parity._changes import changes, dropped
 from jaxloss.parity._masks import Drop
 from jaxloss.parity._pairs import Call
@@ -128,7 +129,7 @@ class Original:
             call = next(call for call in reversed(calls) if call.name == names[id(layer)])
             real = isinstance(output, Tensor) and not output.is_complex()
             cut_out = real and not any(map(np.iscomplexobj, call.inputs))
-            functions.leave(cut_out=cut_out)
+            functions.leave(call.name, output, cut_out=cut_out)
             if not cut_out:
                 calls.remove(call)  # not something to be cut out: its arithmetic belongs to the edges
                 return
@@ -194,27 +195,31 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return a.tobytes() == b.tobytes()
 
 
+RECENT = 8  # layers whose inputs and outputs are kept in mind
+
+
 class Functions(TorchFunctionMode):
     """Sees every PyTorch function called: sets dropout's masks, follows flattened feature maps, and can change a call.
 
     Layers divide a run into windows, numbered from 0; calls inside layers belong to none. In the windows that are
-    watched, `alternatives` counts for each call what a faulty port may do instead, and `change` (which call, which
-    alternative) has it done.
+    watched, `alternatives` has for each call what a faulty port may do instead, and `choice` has some of it done.
     """
 
     def __init__(
-        self, seed: int, *, windows: Container[int] = (), change: tuple[int, int] | None = None, inside: bool = False
+        self, seed: int, *, windows: Container[int] = (), choice: Choice | None = None, inside: bool = False
     ) -> None:
         """With `inside`, a layer that runs alone is watched."""
         super().__init__()
         self.masks: list[np.ndarray] = []
         self.flattened: dict[Call, tuple[int, ...]] = {}
         self.drops: list[Drop] = []
-        self.alternatives: list[int] = []
+        self.alternatives: list[list[Change]] = []
         self.random: dict[str, None] = {}
         self.rounded: dict[str, None] = {}  # functions that return fewer digits than float64's, given none such
-        self._seed, self._windows, self._change, self._inside = seed, windows, change, inside
+        self._seed, self._windows, self._choice, self._inside = seed, windows, choice, inside
         self._window, self._in_layer = 0, False
+        self._entered: Sequence[Tensor] = ()
+        self._passed: deque[tuple[str, Tensor, Any]] = deque(maxlen=RECENT)
         self._feature_map: tuple[int, ...] | None = None
 
     def enter(self, call: Call, tensors: Sequence[Tensor], *, opaque: bool) -> None:
@@ -222,11 +227,13 @@ class Functions(TorchFunctionMode):
         shape = tensors[0].shape if tensors else ()
         if self._feature_map and len(shape) == 2 and shape[1] == math.prod(self._feature_map):
             self.flattened[call] = self._feature_map
-        self._feature_map, self._in_layer = None, opaque
+        self._feature_map, self._in_layer, self._entered = None, opaque, tensors
 
-    def leave(self, *, cut_out: bool) -> None:
+    def leave(self, name: str, output: Any, *, cut_out: bool) -> None:
         """Notes that a layer ends; one that is not cut out divides nothing."""
         self._window, self._in_layer = self._window + cut_out, False
+        if self._entered:
+            self._passed.append((name, self._entered[0], output))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -256,14 +263,27 @@ class Functions(TorchFunctionMode):
         if not (self._inside or (self._window in self._windows and not self._in_layer)):
             return None
         try:
-            alternatives = list(changes(func, args, kwargs))
+            alternatives = [*changes(func, args, kwargs), *self._other_terms(func, args, kwargs)]
         except Exception:  # a call in a form that its rule does not know
             alternatives = []
-        self.alternatives.append(len(alternatives))
-        if self._change is None or self._change[0] != len(self.alternatives) - 1:
+        self.alternatives.append(alternatives)
+        if self._choice is None or self._choice.call not in (None, len(self.alternatives) - 1):
             return None
-        self.changed = alternatives[self._change[1]]
-        return self.changed
+        same = [change for change in alternatives if change.meaning == self._choice.meaning]
+        return next(iter(same[self._choice.nth :]), None)
+
+    def _other_terms(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Change]:
+        """Sums with what a layer before returned for what it got, or the reverse."""
+        if getattr(func, "__name__", "").strip("_") not in ("add", "iadd") or len(args) != 2 or kwargs:
+            return
+        for layer, entered, left in self._passed:
+            for theirs, ours, words in ((entered, left, ("returns", "gets")), (left, entered, ("gets", "returns"))):
+                terms = [ours if arg is theirs else arg for arg in args]
+                if any(arg is theirs for arg in args):
+                    meaning = (
+                        f"the port adds what {layer} {words[0]}, PyTorch what it {words[1]} (a residual connection?)"
+                    )
+                    yield Change(meaning, f"add what {layer} {words[1]}", lambda a=terms[0], b=terms[1]: a + b)
 
     def _drop(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         bound = inspect.signature(func).bind(*args, **kwargs)

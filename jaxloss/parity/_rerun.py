@@ -1,11 +1,16 @@
-"""Why a port differs: PyTorch is run again with one call changed, until it gives what the port gives."""
+"""Why a port differs: PyTorch is run again with a call changed, until it gives what the port gives.
 
+And with all calls changed alike: a helper of the port's may be wrong wherever it is used.
+"""
+
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 
+from jaxloss.parity._change import Change, Choice
 from jaxloss.parity._changes import insertions
 from jaxloss.parity._diagnosis import edge_of
 from jaxloss.parity._faults import matches
@@ -73,18 +78,32 @@ def _of_edge(live: Live, subject: Subject, failure: Failure) -> Iterator[Explana
 def _changed(
     run: Callable[[Functions], np.ndarray], layout: Layout, ours: np.ndarray, watch: Callable[..., Functions]
 ) -> Iterator[Explanation]:
-    """Runs with one call changed after the other, and yields those that give ours."""
+    """Runs with one change after the other, and yields those that give ours."""
     probe = watch()
     run(probe)
-    for call, count in enumerate(probe.alternatives):
-        for alternative in range(count):
-            functions = watch(change=(call, alternative))
-            try:
-                result = run(functions)
-            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
-                continue  # this alternative does not fit what follows
-            if _equals(result, layout, ours):
-                yield Explanation(functions.changed.meaning, functions.changed.fix)
+    for choice, fix in _choices(probe.alternatives):
+        try:
+            result = run(watch(choice=choice))
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+            continue  # it does not fit what follows
+        if _equals(result, layout, ours):
+            yield Explanation(choice.meaning, fix)
+
+
+def _choices(alternatives: Sequence[Sequence[Change]]) -> Iterator[tuple[Choice, str]]:
+    """Each call's, with the fix, and then those that several calls have."""
+    counts: Counter[Choice] = Counter()
+    fixes: dict[Choice, str] = {}
+    for call, changes in enumerate(alternatives):
+        before: Counter[str] = Counter()
+        for change in changes:
+            each = Choice(None, change.meaning, before[change.meaning])
+            before[change.meaning] += 1
+            counts[each] += 1
+            fixes[each] = change.fix
+            if not change.together:
+                yield each._replace(call=call), change.fix
+    yield from ((each, fixes[each]) for each, count in counts.items() if count > 1)
 
 
 def _equals(result: np.ndarray, layout: Layout, ours: np.ndarray) -> bool:
