@@ -307,6 +307,16 @@ FAULTS = {
     ),
     "turned backwards": between("halves", turned_in_jax("halves", -1), "negative angles"),
     "complex conjugates": between("neighbours", turned_in_jax("neighbours", -1), "negative angles"),
+    "neighbours, and other digits": Fault(
+        "table", set_on("", function=turned_in_jax("neighbours")), "between first and last", "of the difference remains"
+    ),
+    "frequencies with more digits": Fault(
+        "table",
+        set_on("", function=turned_in_jax("halves")),
+        "between first and last",
+        "rates has float32's digits",
+        "precision",
+    ),
     "scaled attention for one without": between("halves", turned_in_jax("halves", scale=0.5), "by sqrt(4) once more"),
     "heads repeated together": between("repeated", lambda x: jnp.tile(x, 2), "repeats all together"),
     "corners not aligned": between("corners", lambda x: resized(x, 7, "linear"), "align_corners=True"),

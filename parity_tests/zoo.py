@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from flax import nnx
 from torch import nn
@@ -342,43 +343,52 @@ def by_root_mean_square(x: jax.Array, epsilon: float = 1e-5) -> jax.Array:
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + epsilon)
 
 
-def turned_halves(x: torch.Tensor) -> torch.Tensor:
+RATES = (1.0, 0.3)
+
+
+def angles_of(x: torch.Tensor, rates: Any = RATES) -> torch.Tensor:
+    return torch.outer(torch.arange(x.shape[1]).to(x), torch.as_tensor(rates).to(x))
+
+
+def turned_halves(x: torch.Tensor, rates: Any = RATES) -> torch.Tensor:
     """Rotary positions as in the original of many a language model."""
-    angles = torch.cat([torch.outer(torch.arange(x.shape[1]), torch.tensor([1.0, 0.3]))] * 2, -1).to(x)
+    angles = torch.cat([angles_of(x, rates)] * 2, -1)
     first, second = x.chunk(2, -1)
     return x * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
 
 
 def turned_apart(x: torch.Tensor) -> torch.Tensor:
     """The same, half by half."""
-    angles = torch.outer(torch.arange(x.shape[1]), torch.tensor([1.0, 0.3])).to(x)
+    angles = angles_of(x)
     first, second, cos, sin = x[..., :2], x[..., 2:], angles.cos(), angles.sin()
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 def turned_neighbours(x: torch.Tensor) -> torch.Tensor:
     """The same, of neighbours as complex numbers."""
-    angles = torch.outer(torch.arange(x.shape[1]), torch.tensor([1.0, 0.3])).to(x)
+    angles = angles_of(x)
     pairs = torch.view_as_complex(x.contiguous().view(*x.shape[:-1], 2, 2))
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
 
 def turned_every_two(x: torch.Tensor) -> torch.Tensor:
     """The same, with angles for each channel."""
-    angles = torch.outer(torch.arange(x.shape[1]), torch.tensor([1.0, 0.3])).to(x).repeat_interleave(2, -1)
+    angles = angles_of(x).repeat_interleave(2, -1)
     turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
     return x * angles.cos() + turned * angles.sin()
 
 
-def turned_in_jax(pairs: str, way: int = 1, angles: str = "", scale: float = 1.0) -> Callable[[jax.Array], jax.Array]:
+def turned_in_jax(
+    pairs: str, way: int = 1, angles: str = "", scale: float = 1.0, rates: Any = RATES
+) -> Callable[[jax.Array], jax.Array]:
     """Attention to places with rotary positions, which turn halves or neighbours by angles laid out for either."""
 
     def both(x: jax.Array, layout: str) -> jax.Array:
         return jnp.concatenate([x, x], -1) if layout == "halves" else jnp.repeat(x, 2, -1)
 
     def turn(x: jax.Array) -> jax.Array:
-        rates = jnp.array([1.0, 0.3], x.dtype)
-        angle = both(way * jnp.arange(x.shape[1], dtype=x.dtype)[:, None] * rates, angles or pairs)
+        places = way * jnp.arange(x.shape[1], dtype=x.dtype)
+        angle = both(jnp.outer(places, jnp.asarray(rates, x.dtype)), angles or pairs)
         if pairs == "halves":
             turned = jnp.concatenate([-x[..., 2:], x[..., :2]], -1)
         else:
@@ -402,6 +412,18 @@ def rotary(turn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tens
         return (weights @ places).transpose(1, 2).reshape(x.shape)
 
     return call
+
+
+class TorchTable(TorchBetween):
+    """Rotary positions whose frequencies are a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity(), 4)
+        self.register_buffer("rates", torch.tensor(RATES), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        turn = partial(turned_halves, rates=self.rates)
+        return self.last(rotary(turn)(self.first(x)).mean((2, 3)))
 
 
 # By name: a function in both frameworks, and how many channels it makes of four.
@@ -466,6 +488,7 @@ CASES = {
     "tied": Case(TorchTied, FlaxTied, lambda: torch.randint(7, (6, 5)), ignore=("head.weight",)),
     "upsample": Case(TorchUpsample, FlaxUpsample, images(2, 4)),
     "transformer": Case(TorchTransformer, FlaxTransformer, lambda: torch.randint(11, (6, 7))),
+    "table": Case(TorchTable, partial(FlaxBetween, turned_in_jax("halves", rates=np.float32(RATES)), 4), images(2, 5)),
     "swiglu": Case(TorchGated, FlaxGated, lambda: torch.randn(6, 6)),
     "lstm": Case(partial(TorchRecurrent, nn.LSTM), partial(FlaxRecurrent, lstm, 4), lambda: torch.randn(6, 5, 3)),
     "gru": Case(partial(TorchRecurrent, nn.GRU), partial(FlaxRecurrent, gru, 3), lambda: torch.randn(6, 5, 3)),

@@ -116,7 +116,18 @@ def _float32_inside(subject: Subject) -> Explanation:
     if rounded := ", ".join(subject.exact.recording.rounded):
         meaning = f"PyTorch itself computes in float32 even when it is given float64: see {rounded}"
         fix = f"have PyTorch keep the dtype there, with x.to(y.dtype) for x.float(); if they still differ, {fix}"
+    elif tables := ", ".join(_float32_tables(subject)):
+        meaning = f"PyTorch's {tables} has float32's digits, also in float64: the port may compute it with more"
+        fix = f"give the port PyTorch's numbers; if they still differ, {fix}"
     return Explanation(meaning, fix, "precision")
+
+
+def _float32_tables(subject: Subject) -> Iterator[str]:
+    """Buffers of PyTorch's, like those of frequencies, that the port has not, and that float32 holds."""
+    for name, buffer in subject.exact.recording.buffers.items():
+        known = name in subject.weight_pairs.values() or buffer.dtype != np.float64
+        if not known and (buffer != np.rint(buffer)).any() and (buffer == buffer.astype(np.float32)).all():
+            yield name
 
 
 WEIGHT_KINDS = ("weight", "bias", "running_mean", "running_var")

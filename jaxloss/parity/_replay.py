@@ -37,7 +37,7 @@ def replay(
     """Compares a Flax port with a golden file: what `check` compares, where there is no PyTorch.
 
     The comparisons, their bounds, the planted faults and the first divergence are those of `check`. The reasons are
-    only those that arrays tell: there is no PyTorch that could be run again with one call changed. Steps, mode, dtypes
+    only those that arrays tell: there is no PyTorch that could be run again with calls changed. Steps, mode, dtypes
     and seed are those of the recording.
 
     Args:

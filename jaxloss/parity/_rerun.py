@@ -3,15 +3,19 @@
 And with all calls changed alike: a helper of the port's may be wrong wherever it is used.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from jaxloss.parity._change import Change, Choice
 from jaxloss.parity._changes import insertions
+from jaxloss.parity._compare import norm
 from jaxloss.parity._diagnosis import edge_of
 from jaxloss.parity._faults import matches
 from jaxloss.parity._findings import Explanation, Failure
@@ -23,6 +27,14 @@ from jaxloss.parity._step_diagnosis import explain_step
 from jaxloss.parity._subject import Subject
 
 NEAR = 4  # windows before an edge in which something else is looked for
+NEARLY = 1e-4  # of a difference may remain unexplained
+
+
+class Candidate(NamedTuple):
+    """An explanation, and the share of the difference that it leaves."""
+
+    rest: float
+    explanation: Explanation
 
 
 def explain(live: Live, subject: Subject, failures: Sequence[Failure]) -> Iterator[Explanation]:
@@ -49,8 +61,8 @@ def _of_layer(live: Live, subject: Subject, failure: Failure) -> Iterator[Explan
         with torch.no_grad(), isolated(torch.float64), functions:
             return to_numpy(layer(*inputs))
 
-    yield from _changed(run, pair.output, failure.ours, partial(Functions, 0, inside=True))
-    yield from _inserted(call.output, pair.output, failure.ours)
+    changed = _changed(run, pair.output, failure.ours, partial(Functions, 0, inside=True))
+    yield from _surest(changed, _inserted(call.output, pair.output, failure.ours))
 
 
 def _of_edge(live: Live, subject: Subject, failure: Failure) -> Iterator[Explanation]:
@@ -68,30 +80,52 @@ def _of_edge(live: Live, subject: Subject, failure: Failure) -> Iterator[Explana
             return to_numpy(outputs)
         return next(call.inputs[0] for call in calls if call.key == pair.theirs)
 
-    yield from _changed(run, layout, failure.ours, partial(Functions, live.seed, windows=windows))
-    yield from _inserted(theirs, layout, failure.ours)
-    # What joins this edge, like a gate, may have been computed before it.
-    before = range(max(0, windows.start - NEAR), windows.start)
-    yield from _changed(run, layout, failure.ours, partial(Functions, live.seed, windows=before))
+    def before() -> Iterator[Candidate]:
+        """What joins this edge, like a gate, may have been computed before it: in one window more, time after time."""
+        for start in reversed(range(max(0, windows.start - NEAR), windows.start)):
+            watch = partial(Functions, live.seed, windows=range(start, windows.stop))
+            run(seen := Functions(live.seed, windows=range(start + 1, windows.stop)))
+            yield from _changed(run, layout, failure.ours, watch, tried=len(seen.alternatives))
+
+    changed = _changed(run, layout, failure.ours, partial(Functions, live.seed, windows=windows))
+    yield from _surest(changed, _inserted(theirs, layout, failure.ours), before())
+
+
+def _surest(*found: Iterator[Candidate]) -> Iterator[Explanation]:
+    """What gives ours, and then what nearly does: a constant may have other digits besides, as a float32 table has."""
+    near: list[Candidate] = []
+    for candidate in itertools.chain(*found):
+        if candidate.rest == 0:
+            yield candidate.explanation
+        else:
+            near.append(candidate)
+    for rest, explanation in sorted(near, key=attrgetter("rest")):
+        yield explanation._replace(meaning=f"{explanation.meaning}; {rest:.0e} of the difference remains")
 
 
 def _changed(
-    run: Callable[[Functions], np.ndarray], layout: Layout, ours: np.ndarray, watch: Callable[..., Functions]
-) -> Iterator[Explanation]:
-    """Runs with one change after the other, and yields those that give ours."""
-    probe = watch()
-    run(probe)
-    for choice, fix in _choices(probe.alternatives):
+    run: Callable[[Functions], np.ndarray],
+    layout: Layout,
+    ours: np.ndarray,
+    watch: Callable[..., Functions],
+    tried: int = 0,
+) -> Iterator[Candidate]:
+    """Runs with one change after the other, and yields those that give ours, or nearly.
+
+    So many of the last calls were tried one by one.
+    """
+    theirs = run(probe := watch())
+    for choice, fix in _choices(probe.alternatives, tried):
         try:
             result = run(watch(choice=choice))
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
             continue  # it does not fit what follows
-        if _equals(result, layout, ours):
-            yield Explanation(choice.meaning, fix)
+        if (rest := _rest(result, theirs, layout, ours)) is not None:
+            yield Candidate(rest, Explanation(choice.meaning, fix))
 
 
-def _choices(alternatives: Sequence[Sequence[Change]]) -> Iterator[tuple[Choice, str]]:
-    """Each call's, with the fix, and then those that several calls have."""
+def _choices(alternatives: Sequence[Sequence[Change]], tried: int) -> Iterator[tuple[Choice, str]]:
+    """Each call's, with the fix, but not of so many last ones; and then those that several calls have."""
     counts: Counter[Choice] = Counter()
     fixes: dict[Choice, str] = {}
     for call, changes in enumerate(alternatives):
@@ -101,24 +135,35 @@ def _choices(alternatives: Sequence[Sequence[Change]]) -> Iterator[tuple[Choice,
             before[change.meaning] += 1
             counts[each] += 1
             fixes[each] = change.fix
-            if not change.together:
+            if call < len(alternatives) - tried and not change.together:
                 yield each._replace(call=call), change.fix
     yield from ((each, fixes[each]) for each, count in counts.items() if count > 1)
 
 
-def _equals(result: np.ndarray, layout: Layout, ours: np.ndarray) -> bool:
-    """Whether they are, also in where they are not finite: a softmax over nothing is NaN."""
+def _rest(result: np.ndarray, theirs: np.ndarray, layout: Layout, ours: np.ndarray) -> float | None:
+    """Which share of the difference remains: 0 for rounding's, None for more than a small one.
+
+    What is not finite must be so in both: a softmax over nothing is NaN.
+    """
     if result.shape != layout.merged:
-        return False
-    theirs = layout.to_flax(result)
+        return None
+    changed = layout.to_flax(result)
     finite = np.isfinite(ours)
-    return bool(finite.any()) and np.array_equal(finite, np.isfinite(theirs)) and matches(ours[finite], theirs[finite])
+    if not finite.any() or not np.array_equal(finite, np.isfinite(changed)):
+        return None
+    if matches(ours[finite], changed[finite]):
+        return 0
+    if theirs.shape != layout.merged:
+        return None
+    difference = norm((ours - layout.to_flax(theirs))[finite])
+    rest = norm((ours - changed)[finite])
+    return rest / difference if rest < NEARLY * difference else None
 
 
-def _inserted(theirs: np.ndarray, layout: Layout, ours: np.ndarray) -> Iterator[Explanation]:
+def _inserted(theirs: np.ndarray, layout: Layout, ours: np.ndarray) -> Iterator[Candidate]:
     for change in insertions(torch.from_numpy(theirs)):
-        if _equals(to_numpy(change.result()), layout, ours):
-            yield Explanation(change.meaning, change.fix)
+        if (rest := _rest(to_numpy(change.result()), theirs, layout, ours)) is not None:
+            yield Candidate(rest, Explanation(change.meaning, change.fix))
 
 
 def _of_loss(live: Live, subject: Subject, failure: Failure) -> Iterator[Explanation]:
@@ -133,4 +178,4 @@ def _of_loss(live: Live, subject: Subject, failure: Failure) -> Iterator[Explana
 
     layout = subject.batch.layout if failure.finding.quantity == "gradient" else permuted((), ())
     assert layout is not None
-    yield from _changed(run, layout, failure.ours, partial(Functions, 0, inside=True))
+    yield from _surest(_changed(run, layout, failure.ours, partial(Functions, 0, inside=True)))

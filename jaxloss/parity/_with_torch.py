@@ -48,8 +48,8 @@ def check(
     against float64 on the same rounded inputs, beside PyTorch's; the network's error is only told.
 
     Each comparison that passes is repeated with wrong arrays, which have to fail. To explain the first difference,
-    PyTorch is run again with one call changed (other padding, epsilon, axis, activation, …) until it gives what the
-    port gives.
+    PyTorch is run again with one call changed, or all of a kind (other padding, epsilon, axis, activation, …), until
+    it gives what the port gives.
 
     Args:
         torch_module: the original. Weights and gradients are compared by its names. Copied, never changed.
