@@ -22,7 +22,8 @@ from flax import nnx
 from hypothesis import settings
 
 from parity_tests.commands import start_training
-from train import evaluate, export, predict
+from parity_tests.test_train_data import idx_bytes
+from train import evaluate, export, idx, predict
 from train.__main__ import main
 from train.checkpoint import Checkpoints, _without_late_failures
 from train.config import Config, RngName
@@ -138,6 +139,35 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert main(["--resume", str(tmp_path)]) == 0
     assert f"checkpoint {newest.name} is damaged" in capsys.readouterr().out
     assert_ended_alike(tmp_path, whole)
+
+
+def test_damaged_accuracy_of_an_older_checkpoint_stops_nothing(whole: Path, tmp_path: Path) -> None:
+    newest = copied(whole, tmp_path, newest=True)
+    for file in (tmp_path / "net/checkpoints").glob("*/metrics/metrics"):
+        if newest not in file.parents:
+            file.write_bytes(b"")
+    assert main(["--resume", str(tmp_path)]) == 0
+    assert_ended_alike(tmp_path, whole)
+
+
+def test_run_goes_on_with_the_very_flags_it_was_started_with(whole: Path, tmp_path: Path) -> None:
+    copied(whole, tmp_path, newest=False)
+    assert main([*FLAGS, "--resume", str(tmp_path)]) == 0
+    assert_ended_alike(tmp_path, whole)
+
+
+def test_run_does_not_go_on_with_other_data(tmp_path: Path, capsys: Any) -> None:
+    for folder, seed in {"some": 0, "others": 1}.items():
+        (tmp_path / folder).mkdir()
+        for name in idx.NAMES:
+            (tmp_path / folder / f"{name}-ubyte").write_bytes(idx_bytes(name, seed))
+    flags = ("--data", "mnist", "--model", "net", "--epochs", "1", "--devices", "1", "--checkpoint-every", "1")
+    run = str(tmp_path / "run")
+    assert main([*flags, "--data-dir", str(tmp_path / "some"), "--out", run]) == 0
+    (tmp_path / "some").rename(tmp_path / "moved")
+    assert main(["--resume", run, "--data-dir", str(tmp_path / "moved")]) == 0
+    assert main(["--resume", run, "--data-dir", str(tmp_path / "others")]) == 2
+    assert "was started with other images or labels" in capsys.readouterr().err
 
 
 def test_damaged_checkpoints_alone_are_refused_and_kept(whole: Path, tmp_path: Path, capsys: Any) -> None:

@@ -199,6 +199,32 @@ def test_diff_compares_complex_arrays_as_two_parts(folder, monkeypatch, capsys):
     assert "FAIL z.imag:" in capsys.readouterr().out
 
 
+def test_diff_says_nothing_of_arrays_without_finite_elements(folder, monkeypatch, capsys):
+    nothing = {"empty": np.ones((0, 3)), "undefined": np.full(3, np.nan)}
+    np.savez("nothing.npz", **nothing)
+    np.savez("some.npz", **nothing, **{"layer:key:0": np.ones(2)})
+    assert run(monkeypatch, "diff", "nothing.npz", "nothing.npz") == 2
+    assert run(monkeypatch, "diff", "some.npz", "some.npz") == 0
+    out = capsys.readouterr().out
+    assert "FAIL" not in out
+    assert "- undefined: no finite element: nothing was compared" in out
+    assert "ok layer:key:0: 0 of its norm" in out
+
+
+def test_structured_arrays_are_no_numbers(folder, monkeypatch, capsys):
+    np.savez("pairs.npz", x=np.zeros(2, [("a", "f4"), ("b", "f4")]))
+    assert run(monkeypatch, "diff", "pairs.npz", "pairs.npz") == 2
+    assert "x is of [('a', '<f4'), ('b', '<f4')], expected numbers" in capsys.readouterr().err
+
+
+def test_closed_pipe_changes_no_result(folder):
+    np.savez("many.npz", **{f"array {i}": np.ones(2) for i in range(20_000)})
+    diff = f"{sys.executable} -m jaxloss.parity diff many.npz many.npz"
+    command = ["bash", "-c", f"{diff} | head -1 >/dev/null; echo ${{PIPESTATUS[0]}}"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (finished.stdout, finished.stderr) == ("0\n", "")
+
+
 def test_doctor_names_what_matters(monkeypatch, capsys):
     assert run(monkeypatch, "doctor") == 0
     out = capsys.readouterr().out

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import tyro
 from tyro.conf import FlagCreatePairsOff
@@ -14,11 +15,11 @@ from train.config import Config, read_config
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    config = _parse(arguments, Config())
+    config = _parse(arguments, Config(), FlagCreatePairsOff)
     if config.resume:
         started = read_config(config.resume)
         here = {"resume": config.resume, "coordinator": None, "num_processes": None, "process_id": None}
-        config = _parse(arguments, replace(started, **here))
+        config = _parse(arguments, replace(started, **here))  # a flag that is on has both spellings
         config.check_resumes(started)
     config.check()
     from train.devices import keep_programs  # JAX loads here, after mistakes and --help have been answered
@@ -29,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(config)
 
 
-def _parse(arguments: Sequence[str] | None, default: Config) -> Config:
-    return tyro.cli(Config, prog="python -m train", args=arguments, default=default, config=(FlagCreatePairsOff,))
+def _parse(arguments: Sequence[str] | None, default: Config, *config: Any) -> Config:
+    return tyro.cli(Config, prog="python -m train", args=arguments, default=default, config=config)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Checkpoints of one model's training: all that its next step depends on, written whole or not at all by Orbax."""
 
+import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,6 +59,7 @@ class Checkpoints:
             create=False,
             multiprocessing_options=alone,
         )
+        _drop_damaged_metrics(folder)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, learner: Learner, epochs: Sequence[Epoch]) -> None:
@@ -151,6 +154,16 @@ def _newest_whole(steps: Sequence[int], read: Callable[[int], Found]) -> tuple[F
         except Exception as error:  # whatever Orbax and its storage make of damaged files
             broken.append(f"checkpoint {step} is damaged ({type(error).__name__})")
     return None, broken
+
+
+def _drop_damaged_metrics(folder: Path) -> None:
+    """Without its metrics a checkpoint is no candidate for the best; with damaged ones Orbax would read none at all."""
+    for file in folder.glob("*/metrics/metrics"):
+        with suppress(OSError):
+            try:
+                json.loads(file.read_bytes())
+            except ValueError:
+                file.unlink()
 
 
 def _accuracy(metrics: dict[str, float]) -> float:

@@ -1,7 +1,9 @@
 """What all commands share: an error that the user can mend is one line on stderr, a file of weights is whole."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated
@@ -32,14 +34,15 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int | None]) -> Calla
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(content)
         part.rename(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def _fail(message: str, exit_code: int) -> int:

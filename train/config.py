@@ -204,7 +204,7 @@ class Config:
                 yield "--coordinator needs --num-processes and --process-id"
             elif not 0 <= cast(int, self.process_id) < cast(int, self.num_processes):
                 yield f"--process-id must lie in [0, {self.num_processes}), got {self.process_id}"
-            if not re.fullmatch(r".+:\d+", self.coordinator):
+            if not re.fullmatch(r".+:\d{1,5}", self.coordinator) or int(self.coordinator.rpartition(":")[2]) > 65535:
                 yield f"--coordinator must be HOST:PORT or auto, got {self.coordinator}"
 
 

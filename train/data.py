@@ -1,5 +1,6 @@
 """The images to learn from: scikit-learn's digits, MNIST or Fashion-MNIST, as unsigned bytes."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,13 @@ class Dataset:
     test: Split
     classes: tuple[str, ...]
     note: str
+
+    def sha256(self) -> str:
+        """Of all images and labels."""
+        digest = hashlib.sha256()
+        for array in (self.train.images, self.train.labels, self.test.images, self.test.labels):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
 
 def load(data: DataName, data_dir: Path | None = None, fetch: bool = False) -> Dataset:

@@ -41,6 +41,14 @@ def join(config: Config) -> None:
         raise UserError(f"--coordinator {config.coordinator}: {error}", exit_code=1) from error
 
 
+def find_devices() -> None:
+    """Raise `UserError` if JAX finds none of those that it is told to use."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"JAX finds no device: {error}") from error
+
+
 def make_mesh(count: int | None) -> Mesh:
     """So many devices of every process, or all."""
     if count is not None and count > jax.local_device_count():

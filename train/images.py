@@ -1,5 +1,6 @@
 """Image files as a data set would have them: 28x28 bytes, light on dark, with the drawing where that set has it."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +58,10 @@ def read_image(path: Path, data: DataName) -> np.ndarray:
 def _grey(path: Path) -> np.ndarray:
     """Brightness from 0 to 255."""
     try:
-        with Image.open(path) as file:
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(path) as file,
+        ):
             image = ImageOps.exif_transpose(file)
             # Pillow would cut off at 255.
             if image.mode.startswith("I;16") or (image.mode, file.format) == ("I", "PPM"):

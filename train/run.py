@@ -23,7 +23,7 @@ from jaxloss.parity import to_torch
 from train.command import write_whole
 from train.config import Config, UserError
 from train.data import Dataset, load
-from train.devices import join, make_mesh, watched
+from train.devices import find_devices, join, make_mesh, watched
 from train.html import save_report
 from train.loop import Cost, Epoch, Learner, default_dispatch
 from train.plots import save_confusion, save_curves
@@ -38,6 +38,7 @@ WEIGHTS = "model.safetensors"
 def run(config: Config) -> int:
     """Do what ``config`` asks for; the exit code is 0, or 130 after Ctrl-C."""
     join(config)
+    find_devices()
     with watched():
         return _run(config)
 
@@ -47,7 +48,8 @@ def _run(config: Config) -> int:
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=not writes)
     mesh = make_mesh(config.devices)
     data = load(config.data, config.data_dir, config.download)
-    folder = None if config.dry_run or not writes else config.resume or _make_folder(config)
+    _refuse_other_data(config, data)
+    folder = None if config.dry_run or not writes else config.resume or _make_folder(config, data)
     results = []
     with _interruptible() as interrupted:
         for model in config.models:
@@ -137,7 +139,20 @@ def _checkpoints(config: Config, folder: Path | None, learner: Learner) -> "Chec
     return Checkpoints(folder / learner.model / "checkpoints")
 
 
-def _make_folder(config: Config) -> Path:
+def _refuse_other_data(config: Config, data: Dataset) -> None:
+    """Raise `UserError` if a run would go on with other images or labels than it was started with."""
+    if config.resume:
+        about = json.loads((config.resume / "config.json").read_text())
+        if about.get("data_sha256", sha256 := _sha256(config, data)) != sha256:
+            raise UserError(f"--resume {config.resume}: it was started with other images or labels: see --data-dir")
+
+
+def _sha256(config: Config, data: Dataset) -> str | None:
+    """Of data from files, if the run can be resumed; the digits are always the same, but for a device's rounding."""
+    return data.sha256() if config.checkpoint_every and config.data != "digits" else None
+
+
+def _make_folder(config: Config, data: Dataset) -> Path:
     """The run's folder, with its config.json and a folder for each model; never one that holds a run already."""
     folder = config.out or _new_folder(f"{config.data}-{time.strftime('%Y%m%d-%H%M%S')}")
     if any((folder / name).exists() for name in ("config.json", *config.models)):
@@ -148,6 +163,7 @@ def _make_folder(config: Config) -> Path:
         "recipes": {model: asdict(config.recipe(model)) for model in config.models},
         "versions": {module.__name__: module.__version__ for module in (jaxloss, jax, flax, optax)},
         "device": jax.devices()[0].device_kind,
+        "data_sha256": _sha256(config, data),
     }
     with (folder / "config.json").open("x") as file:
         json.dump(about, file, default=str, indent=2)

@@ -42,7 +42,7 @@ def _sources(folder: Path) -> Iterator[Path]:
     """The saved model, or else the checkpoints, or else nothing."""
     if (file := folder / "model.safetensors").exists():
         yield file
-    elif any((folder / "checkpoints").glob("[0-9]*")):
+    elif any(path.name.isdigit() for path in (folder / "checkpoints").glob("*")):  # else half-written
         yield folder / "checkpoints"
 
 

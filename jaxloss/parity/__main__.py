@@ -67,14 +67,16 @@ class Output:
                 raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}.")
 
     def tell(self, report: Any, console: Console) -> int:
-        """Prints and writes a report, and gives the exit status."""
-        console.print(report if console.is_terminal else str(report), markup=False, soft_wrap=True, highlight=False)
-        if self.json is not None:
-            report.to_json(self.json)
-        if self.html is not None:
-            report.to_html(self.html)
-        if self.junit is not None:
-            report.to_junit(self.junit)
+        """Writes a report, prints it, and gives the exit status."""
+        try:
+            if self.json is not None:
+                report.to_json(self.json)
+            if self.html is not None:
+                report.to_html(self.html)
+            if self.junit is not None:
+                report.to_junit(self.junit)
+        finally:
+            console.print(report if console.is_terminal else str(report))
         return 0 if report.ok else 1
 
 
@@ -149,7 +151,7 @@ class Record(Run):
                 progress=progress,
             )
         size = self.golden_file.stat().st_size
-        console.print(f"{self.golden_file}: {size:,} bytes", markup=False, soft_wrap=True, highlight=False)
+        console.print(f"{self.golden_file}: {size:,} bytes")
         return 0
 
 
@@ -191,7 +193,7 @@ class Diff:
     def run(self, console: Console) -> int:
         """Prints a line for every array."""
         from jaxloss.parity._assert_close import parts
-        from jaxloss.parity._compare import compare
+        from jaxloss.parity._compare import UNKNOWN, compare
         from jaxloss.parity._faults import classify
 
         ours, theirs = (
@@ -200,19 +202,20 @@ class Diff:
         )
         if not ours or not theirs:
             raise ValueError(f"{self.ours if not ours else self.theirs} holds no arrays.")
-        differ = False
+        differ = compared = False
         for name in ours | theirs:
             if name not in ours or name not in theirs:
-                console.print(f"FAIL {name}: only in {self.theirs if name in theirs else self.ours}", markup=False)
+                console.print(f"FAIL {name}: only in {self.theirs if name in theirs else self.ours}")
                 differ = True
                 continue
             outcome = compare(ours[name], theirs[name], tolerance=self.tolerance)
-            fault = classify(ours[name], theirs[name]) if not outcome.ok else None
+            fault = None if outcome.ok or outcome.problem.endswith(UNKNOWN) else classify(ours[name], theirs[name])
             why = f" [{fault.kind}] {fault.seen}".rstrip() if fault else ""
             what = outcome.problem or f"{outcome.error:.2g} of its norm"
-            console.print(f"{'FAIL' if fault else '  ok'} {name}: {what}{why}", markup=False, soft_wrap=True)
+            console.print(f"{'FAIL' if fault else '  ok' if outcome.ok else '   -'} {name}: {what}{why}")
             differ |= fault is not None
-        return int(differ)
+            compared |= fault is not None or outcome.ok
+        return int(differ) if compared or differ else COULD_NOT
 
 
 @dataclass
@@ -224,7 +227,7 @@ class Doctor:
         from jaxloss.parity._doctor import examine
 
         for name, value, remark in examine():
-            console.print(f"{name:26} {value:24} {remark}".rstrip(), markup=False, soft_wrap=True, highlight=False)
+            console.print(f"{name:26} {value:24} {remark}".rstrip())
         return 0
 
 
@@ -241,13 +244,23 @@ def main() -> int:
     """Runs a command, and turns what cannot be compared into a line."""
     command = tyro.cli(Command, prog="python -m jaxloss.parity", description=__doc__)
     try:
-        return command.run(Console(width=None if sys.stdout.isatty() else 10_000))
+        width = None if sys.stdout.isatty() else 10_000
+        return command.run(_Console(width=width, markup=False, emoji=False, highlight=False, soft_wrap=True))
     except KeyboardInterrupt:
         return 130
     except (Exception, SystemExit) as error:  # whatever a stranger's module raises
         what = "record" if isinstance(command, Record) else "compare"
         print(f"Could not {what}. {type(error).__name__}: {error}", file=sys.stderr)
         return COULD_NOT
+
+
+class _Console(Console):
+    """One that is silent where nobody reads any more, as behind `| head`; by default rich exits."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -290,7 +303,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} holds one array, expected an .npz file.")
     with arrays:
         found = dict(arrays)
-    if words := [name for name, array in found.items() if array.dtype.kind in "SUMm"]:
+    if words := [name for name, array in found.items() if array.dtype.kind in "SUMmV"]:
         raise ValueError(f"{path}: {words[0]} is of {found[words[0]].dtype}, expected numbers.")
     return found
 

@@ -152,12 +152,12 @@ def _rest(result: np.ndarray, theirs: np.ndarray, layout: Layout, ours: np.ndarr
     if not finite.any() or not np.array_equal(finite, np.isfinite(changed)):
         return None
     if matches(ours[finite], changed[finite]):
-        return 0
+        return 0.0
     if theirs.shape != layout.merged:
         return None
     difference = norm((ours - layout.to_flax(theirs))[finite])
     rest = norm((ours - changed)[finite])
-    return rest / difference if rest < NEARLY * difference else None
+    return float(rest / difference) if rest < NEARLY * difference else None
 
 
 def _inserted(theirs: np.ndarray, layout: Layout, ours: np.ndarray) -> Iterator[Candidate]:
