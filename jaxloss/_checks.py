@@ -105,7 +105,7 @@ def reduction(name: str, reduction: Any, allowed: tuple[str, ...] = _REDUCTIONS)
     return reduction
 
 
-def fraction(name: str, argument: str, value: Any, upper: float) -> Any:
+def fraction(name: str, argument: str, value: Any, upper: float, least: str = "at least 0") -> Any:
     """A scalar in [0, upper]; None for a concrete 0, which switches the option off. A tracer's value is not known."""
     value = _held(value)
     if isinstance(value, jax.core.Tracer):
@@ -114,14 +114,16 @@ def fraction(name: str, argument: str, value: Any, upper: float) -> Any:
             raise TypeError(f"{name}: {argument} must be a real scalar, got {value.dtype}{list(value.shape)}.")
         floating = jnp.issubdtype(value.dtype, np.floating)
         return value if floating else value.astype(jnp.result_type(float))
-    if isinstance(value, str | bool):
+    dtype = getattr(value, "dtype", None)
+    unreal = dtype is not None and not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer)
+    if unreal or isinstance(value, str | bool):
         raise TypeError(f"{name}: {argument} must be a number, got {value!r}.")
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name}: {argument} must be a number, got {value!r}.") from error
     if not (0 <= number <= upper and math.isfinite(number)):
-        bounds = f"between 0 and {upper:g}" if math.isfinite(upper) else "finite and at least 0"
+        bounds = f"between 0 and {upper:g}" if math.isfinite(upper) else f"finite and {least}"
         raise ValueError(f"{name}: {argument} must be {bounds}, got {number:g}.")
     return number or None
 
@@ -157,7 +159,7 @@ def targets(
     name: str, targets: Any, logits: Shaped, axis: int, ignore_index: int, class_axis_name: MeshAxes | None
 ) -> Array:
     """Class probabilities if the shape is that of the logits, else class indices."""
-    if _shape(targets) == logits.shape and logits.ndim:
+    if _shape(_held(targets)) == logits.shape and logits.ndim:
         return _probability_targets(name, targets, ignore_index)
     return index_targets(name, targets, logits, "logits", axis, ignore_index, bounded=class_axis_name is None)
 
@@ -223,7 +225,7 @@ def index_targets(
 
 
 def _index_dtype(name: str, dtype: np.dtype, values: Shaped, argument: str) -> None:
-    if not jnp.issubdtype(dtype, jnp.integer):
+    if not jnp.issubdtype(dtype, jnp.integer) or dtype.kind == "m":  # NumPy's time differences are integers to it
         probabilities = (
             f"class probabilities must have the shape of logits, {values.shape}"
             if argument == "logits"
@@ -252,6 +254,8 @@ def _index_shape(name: str, shape: tuple, values: Shaped, argument: str, axis: i
 
 def _in_range(targets: jax.Array | np.ndarray, classes: Size, ignore_index: int) -> None:
     if isinstance(targets, jax.core.Tracer) or (isinstance(targets, jax.Array) and not targets.is_fully_addressable):
+        return
+    if not isinstance(classes, int):  # symbolic
         return
     values = np.asarray(targets)
     if values.size == 0 or (values.min() >= 0 and values.max() < classes):
@@ -308,10 +312,11 @@ def linear_targets(
     class_axis_name: MeshAxes | None,
 ) -> tuple[Array, int]:
     """Targets for logits that are never made, and the index to ignore: with probabilities, none may be given."""
-    if _shape(value) == logits.shape and ignore_index is not None:
+    ignored = -100 if ignore_index is None else integer(name, "ignore_index", ignore_index)
+    found = targets(name, value, logits, axis, ignored, class_axis_name)
+    if ignore_index is not None and jnp.issubdtype(found.dtype, jnp.floating):
         raise ValueError(f"{name}: ignore_index applies to class indices, got {ignore_index} with probability targets.")
-    ignore_index = -100 if ignore_index is None else integer(name, "ignore_index", ignore_index)
-    return targets(name, value, logits, axis, ignore_index, class_axis_name), ignore_index
+    return found, ignored
 
 
 def bias(name: str, bias: Any, out: tuple[int, ...]) -> Array | None:
@@ -330,7 +335,7 @@ def positive(name: str, argument: str, value: Any) -> Any:
     """A scalar above 0, checked if it is concrete; None stays None."""
     if value is None:
         return None
-    checked = fraction(name, argument, value, upper=math.inf)
+    checked = fraction(name, argument, value, upper=math.inf, least="above 0")
     if checked is None:
         raise ValueError(f"{name}: {argument} must be above 0, got {value}. Pass None to leave it out.")
     return checked

@@ -45,6 +45,14 @@ class ClassAxis(NamedTuple):
         """The number of classes over all shards."""
         return x.shape[self.position] * math.prod(lax.axis_size(name) for name in self.mesh_axes)
 
+    def untracked_shards(self) -> int:
+        """How many shards there are where JAX does not track what varies over them, as in `vmap` and `pmap`.
+
+        By so much the gradients are too large there that are taken on the shards: it adds up what each of them has.
+        """
+        untracked = (name for name in self.mesh_axes if not jax.typeof(lax.axis_index(name)).manual_axis_type.varying)
+        return math.prod(lax.axis_size(name) for name in untracked)
+
     def expand(self, rows: Array) -> Array:
         """Rows against classes: the class axis put back with size 1."""
         return jnp.expand_dims(rows, self.position)

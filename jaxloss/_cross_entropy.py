@@ -78,10 +78,10 @@ def cross_entropy(
             under `checkify` it is an error that names the target.
 
     Edge values: no rows give NaN ("mean"), 0 ("sum") or an empty array; when every row is ignored the mean is NaN with
-    gradient 0; a logit of -inf has probability 0 and gradient 0, makes the loss +inf at the target or under label
-    smoothing, and NaN against a probability target of 0 (mask both: replace the logit by a finite one where the
-    probability is 0); a row that is all -inf, or holds +inf or NaN, is NaN in itself only; NaN in an ignored row has
-    no effect.
+    gradient 0 to logits and weight; a logit of -inf has probability 0 and gradient 0, makes the loss +inf at the target
+    or under label smoothing, and NaN against a probability target of 0 (mask both: replace the logit by a finite one
+    where the probability is 0); a row that is all -inf, or holds +inf or NaN, is NaN in itself only; NaN in an ignored
+    row has no effect.
 
     Sharding: logits whose classes are split over a mesh need nothing special under jit; inside `shard_map` give
     `class_axis_name`. If the classes do not divide the mesh, pad the logits with -inf (and the weights with 1): same
@@ -146,7 +146,7 @@ def _cross_entropy(
         losses = from_rows(_probability_losses, static_argnums=(0, 3))(axis, logits, targets, wide, *options)
         # PyTorch counts the rows as elements / classes, so that the mean over no classes is NaN.
         row_weights = jnp.full_like(losses, logits.shape[axis.position] != 0)
-        (loss,) = reduce_rows([losses], row_weights, reduction)
+        (loss,) = reduce_rows([losses], row_weights, reduction, weighted=False)
         return loss.astype(dtype)
     index_loss = from_rows(_index_loss, static_argnums=(0, 2, 7, 8))
     return index_loss(axis, logits, wide, targets, *options, ignore_index, reduction).astype(dtype)
@@ -196,7 +196,8 @@ def _index_loss(
     if z_loss is not None:
         terms.append((z_loss, row_weights * (peaks.top + normalizer) ** 2))
     # Reduced one by one, so that weights of 0 throughout are NaN as in PyTorch.
-    reduced = reduce_rows([jnp.where(kept, losses, 0) for _, losses in terms], row_weights, reduction)
+    rows = [jnp.where(kept, losses, 0) for _, losses in terms]
+    reduced = reduce_rows(rows, row_weights, reduction, weighted=weight is not None)
     factors = [factor for factor, _ in terms]
     return factors[0] * reduced[0] + sum(map(_option, factors[1:], reduced[1:]), start=jnp.zeros((), dtype))
 

@@ -20,7 +20,7 @@ def on_shards(
     Tokens are split as `inputs` has them, classes as `linear_weight` has them; a mesh axis that splits both keeps the
     tokens, and features are gathered. What comes back is by token, or the same everywhere.
     """
-    mesh = _explicit_mesh(arrays.inputs, arrays.linear_weight)
+    mesh = _explicit_mesh(x for x in arrays if isinstance(x, Array))
     if mesh is None:
         return function(settings, arrays)
     tokens = jax.typeof(arrays.inputs).sharding.spec[:-1]
@@ -48,7 +48,7 @@ def on_shards(
     )({name: jax.sharding.reshard(x, NamedSharding(mesh, specs[name])) for name, x in given.items()})
 
 
-def _explicit_mesh(*arrays: Array) -> AbstractMesh | None:
+def _explicit_mesh(arrays: Iterable[Array]) -> AbstractMesh | None:
     return next((mesh for mesh in (jax.typeof(x).sharding.mesh for x in arrays) if _explicit(mesh)), None)
 
 

@@ -7,6 +7,7 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
@@ -93,7 +94,8 @@ def linear_cross_entropy(
     (the largest size in the budget that divides the tokens, preferring powers of two). Explicit axes and `shard_map`
     add up the weight's gradient once, Auto axes once a slab. A vocabulary that does not divide the mesh is padded with
     `linear_bias=-inf` (and zero `linear_weight`): same loss, gradient 0 there, but no label smoothing. A `vmap` over an
-    array axis that an Explicit mesh splits raises: reshape that axis into the tokens, or use `jax.shard_map`.
+    array axis that an Explicit mesh splits raises: reshape that axis into the tokens, or use `jax.shard_map`. Inside a
+    `shard_map` over the classes JAX lowers no gradient while another axis of the mesh is Explicit: make that Auto.
 
     Examples:
         >>> import jax.numpy as jnp, jaxloss
@@ -200,14 +202,18 @@ def _total(settings: Settings, arrays: Arrays) -> Float[Array, ""]:
     return total if arrays.divisor is None else total / arrays.divisor
 
 
-@_total.defjvp
+@partial(_total.defjvp, symbolic_zeros=True)
 def _total_jvp(settings: Settings, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     (arrays,), (darrays,) = primals, tangents
+    if not arrays.soft and not isinstance(darrays.inputs, SymbolicZero):  # NaN of ignored tokens meets zeros here
+        ignored = jnp.all(arrays.targets == settings.ignore_index, range(1, arrays.targets.ndim))[:, None]
+        darrays = darrays._replace(inputs=jnp.where(ignored, 0, darrays.inputs))
     total, gradients = _total_and_gradients(settings, arrays)
 
     def along(names: tuple[str, ...]) -> Float[Array, ""]:
         pairs = ((getattr(gradients, name), getattr(darrays, name)) for name in names)
-        return sum((jnp.sum(g * jnp.asarray(d, g.dtype)) for g, d in pairs if g is not None), jnp.zeros_like(total))
+        known = ((g, d) for g, d in pairs if g is not None and not isinstance(d, SymbolicZero))
+        return sum((jnp.sum(g * jnp.asarray(d, g.dtype)) for g, d in known), jnp.zeros_like(total))
 
     # Each shard of the classes knows its part of these gradients; those of the scalars are whole.
     parts = along(("inputs", "targets", "linear_weight", "linear_bias", "weight"))
@@ -269,4 +275,8 @@ def _total_and_gradients(settings: Settings, arrays: Arrays) -> tuple[Array, Arr
     )
     if late:
         gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
+    if (shards := settings.axis.untracked_shards()) > 1:
+        of_shards = ("inputs", "targets", "linear_weight", "linear_bias", "weight")
+        parts = {name: getattr(gradients, name) for name in of_shards}
+        gradients = gradients._replace(**jax.tree.map(lambda gradient: gradient / shards, parts))
     return total, gradients._replace(divisor=None if divisor is None else -total / divisor)

@@ -42,8 +42,8 @@ def log_softmax(
         TypeError: integer, bool or complex logits without `dtype`, or a `dtype` that is not floating.
         IndexError: `axis` out of range.
 
-    Edge values: a -inf logit has log-probability -inf and gradient 0; a slice that is all -inf, or holds +inf or NaN,
-    is NaN; a 0-d array gives 0; an empty array gives an empty array.
+    Edge values: a -inf logit has log-probability -inf, whose gradient alone it gets; a slice that is all -inf, or holds
+    +inf or NaN, is NaN; a 0-d array gives 0; an empty array gives an empty array.
 
     Examples:
         >>> import jax.numpy as jnp, jaxloss

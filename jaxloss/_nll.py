@@ -95,7 +95,7 @@ def _nll_loss(
     values = accumulator(class_axis.pick(log_probs, targets, spread=True))
     kept, row_weights = weigh_rows(class_axis, class_axis.size(log_probs), targets, weight, ignore_index, values.dtype)
     losses = jnp.where(kept, -row_weights * values, 0)
-    (loss,) = reduce_rows([losses], row_weights, reduction)
+    (loss,) = reduce_rows([losses], row_weights, reduction, weighted=weight is not None)
     return loss.astype(log_probs.dtype)
 
 
@@ -154,16 +154,20 @@ def _weight_at(
 
 
 def reduce_rows(
-    losses: list[Float[Array, "..."]], row_weights: Float[Array, "..."], reduction: Reduction
+    losses: list[Float[Array, "..."]], row_weights: Float[Array, "..."], reduction: Reduction, *, weighted: bool
 ) -> list[Float[Array, "..."]]:
-    """Each of several losses of the rows as it is, its sum, or its sum over the sum of the rows' weights."""
+    """Each of several losses of the rows as it is, its sum, or its sum over the sum of the rows' weights.
+
+    Only if `weighted` may these have a derivative. Otherwise they have none, not even one of 0, which would be NaN
+    times an infinite loss.
+    """
     if reduction == "none":
         return losses
     if reduction == "sum":
         return [jnp.sum(each) for each in losses]
-    if has_at_least(1025, row_weights) or on_explicit_mesh(losses[0]):  # whose rows may be split otherwise
+    if weighted or has_at_least(1025, row_weights) or on_explicit_mesh(losses[0]):  # whose rows may be split otherwise
         divisor = jnp.sum(row_weights)
         return [jnp.sum(each) / divisor for each in losses]
     # With few rows every operation of the compiled program counts: one less is 4 % at 128 x 10.
     *totals, divisor = jnp.sum(jnp.stack([*losses, row_weights]), range(1, row_weights.ndim + 1))
-    return [total / divisor for total in totals]
+    return [total / lax.stop_gradient(divisor) for total in totals]

@@ -461,7 +461,7 @@ def test_pytorchs_chunked_path_has_no_smoothing_no_second_derivatives_and_forwar
         ({"weight": np.ones(4)}, r"weight must have shape \(3,\)"),
         ({"memory_budget": 0}, "memory_budget must be a positive number of bytes, got 0"),
         ({"logit_softcap": 0.0}, "logit_softcap must be above 0"),
-        ({"logit_softcap": -1.0}, "logit_softcap must be finite and at least 0, got -1"),
+        ({"logit_softcap": -1.0}, "logit_softcap must be finite and above 0, got -1"),
         ({"targets": np.ones((2, 3)) / 3, "ignore_index": -100}, "ignore_index applies to class indices"),
         ({"inputs": np.ones((2, 2, 4)), "linear_weight": np.ones((3, 2, 4))}, "needs inputs"),
         ({"targets": np.array([0, 1, 2])}, r"targets must have shape \(2,\) .*, got \(3,\)\.$"),

@@ -246,6 +246,40 @@ def test_shard_map_over_the_classes_alone_on_an_explicit_mesh(split_tokens, chec
             np.testing.assert_allclose(jax.jit(split)(*placed), loss(x, w, weight, t), rtol=1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradients_where_nothing_tracks_what_varies_over_the_classes(reduction):
+    x, w, _, weight, t = draw("index")
+
+    def loss(x, w, weight, **options):
+        options |= {"weight": weight, "label_smoothing": 0.1, "reduction": reduction}
+        return jnp.sum(jaxloss.linear_cross_entropy(x, w, t, **options))
+
+    expected = jax.grad(loss, (0, 1, 2))(x, w, weight)
+    along = jax.jvp(loss, (x, w, weight), (x, w, weight))[1]
+    split = partial(loss, class_axis_name="m")
+    specs, mesh = (P(), P("m"), P("m")), jax.make_mesh((8,), ("m",), axis_types=(AxisType.Auto,))
+    in_shard_map = jax.shard_map(split, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+
+    def in_vmap(x, w, weight):
+        shards = w.reshape(8, -1, FEATURES), weight.reshape(8, -1)
+        return jax.vmap(split, (None, 0, 0), axis_name="m")(x, *shards)[0]
+
+    for function in (in_shard_map, in_vmap):
+        assert_trees_close(jax.jit(jax.grad(function, (0, 1, 2)))(x, w, weight), expected)
+        np.testing.assert_allclose(jax.jvp(function, (x, w, weight), (x, w, weight))[1], along, rtol=2e-5)
+
+
+@pytest.mark.parametrize("on_mesh", ["targets", "linear_bias", "weight"])
+def test_one_array_alone_may_be_on_an_explicit_mesh(on_mesh):
+    x, w, b, c, t = draw("index")
+    options = {"targets": t, "linear_bias": b, "weight": c}
+    step = jax.grad(lambda x, w, o: jaxloss.linear_cross_entropy(x, w, **o), (0, 1))
+    expected = step(x, w, options)
+    with jax.set_mesh(jax.make_mesh((8,), ("m",), axis_types=(AxisType.Explicit,))):
+        placed = options | {on_mesh: jax.device_put(options[on_mesh], P("m"))}
+        assert_trees_close(jax.jit(step)(x, w, placed), expected)
+
+
 def test_out_of_range_targets_on_an_explicit_mesh_are_nan():
     arrays = draw("index")
     mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)

@@ -338,7 +338,7 @@ def test_readme_gives_the_two_commands_and_the_check_line():
 
 def test_private_functions_are_type_checked_under_pytest_and_public_ones_are_not():
     with pytest.raises(Exception, match="Type-check error"):
-        jaxloss._nll.reduce_rows(jnp.ones(3, int), jnp.ones(3), "mean")
+        jaxloss._nll.reduce_rows(jnp.ones(3, int), jnp.ones(3), "mean", weighted=False)
     with pytest.raises(TypeError, match="cross_entropy: logits must be floating, got int32"):
         jaxloss.cross_entropy(jnp.ones((2, 3), int), jnp.array([0, 1]))
 

@@ -319,3 +319,38 @@ def test_complex_options_are_refused_under_jit_too():
     loss = jax.jit(lambda value: jaxloss.cross_entropy(jnp.ones((2, 3)), jnp.zeros(2, int), label_smoothing=value))
     with pytest.raises(TypeError, match="label_smoothing must be a real scalar, got complex"):
         loss(1j)
+
+
+@pytest.mark.parametrize("value", [np.True_, jnp.array(True), np.complex64(0.1 + 5j)], ids=repr)
+def test_options_are_real_numbers_whoever_made_them(value):
+    with pytest.raises(TypeError, match="label_smoothing must be a number, got"):
+        jaxloss.cross_entropy(jnp.ones((2, 3)), jnp.zeros(2, int), label_smoothing=value)
+
+
+def test_time_differences_are_no_labels():
+    with pytest.raises(TypeError, match=r"targets must be integers \(class indices\), got timedelta64"):
+        jaxloss.cross_entropy(jnp.ones((2, 3)), np.zeros(2, "m8[s]"))
+
+
+def test_integers_in_the_shape_of_logits_are_no_probabilities_whatever_is_ignored():
+    with pytest.raises(TypeError, match="class probabilities and must be floating, got int64"):
+        jaxloss.linear_cross_entropy(jnp.ones((2, 4)), jnp.ones((3, 4)), np.zeros((2, 3), int), ignore_index=-100)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "linear_cross_entropy"])
+def test_probabilities_may_be_held_by_a_variable(loss):
+    class Held:
+        def __jax_array__(self) -> jax.Array:
+            return jnp.full((2, 3), 1 / 3)
+
+    arrays = [np.ones((2, 3))] * (1 if loss == "cross_entropy" else 2)
+    function = getattr(jaxloss, loss)
+    assert function(*arrays, Held()) == function(*arrays, jnp.full((2, 3), 1 / 3))
+
+
+def test_labels_may_be_known_where_the_number_of_classes_is_not():
+    shape = jax.export.symbolic_shape("2, c")
+    exported = jax.export.export(jax.jit(lambda z: jaxloss.cross_entropy(z, np.array([0, 3]), reduction="none")))
+    call = exported(jax.ShapeDtypeStruct(shape, jnp.float32)).call
+    np.testing.assert_allclose(call(jnp.ones((2, 4))), np.log([4, 4]), rtol=1e-6)
+    assert np.isnan(call(jnp.ones((2, 3)))).tolist() == [False, True]

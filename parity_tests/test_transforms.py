@@ -105,6 +105,36 @@ def test_jvp_and_jacfwd_give_the_plain_gradient(kind):
     close(jax.jvp(loss, arguments, tangents), (loss(*arguments), inner))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss", "linear_cross_entropy"])
+def test_infinite_loss_of_a_row_leaves_forward_mode_finite(name, weighted, reduction):
+    z, targets, removed = jnp.array([[1.0, 2.0, -jnp.inf], [0.0, 1.0, -jnp.inf]]), jnp.array([0, 2]), -jnp.inf
+    options = {"weight": jnp.array([0.5, 1.0, 2.0]) if weighted else None, "reduction": reduction}
+    if name == "linear_cross_entropy":
+        z, options["linear_bias"] = z.at[:, 2].set(0.5), jnp.array([0.0, 0.0, removed])
+    losses = {
+        "cross_entropy": lambda z: jaxloss.cross_entropy(z, targets, **options),
+        "nll_loss": lambda z: jaxloss.nll_loss(z, targets, **options),
+        "linear_cross_entropy": lambda z: jaxloss.linear_cross_entropy(z, jnp.eye(3), targets, **options),
+    }
+    assert jnp.isposinf(losses[name](z))
+    assert jnp.isfinite(jax.jacrev(losses[name])(z)).all()
+    close(jax.jacfwd(losses[name])(z), jax.jacrev(losses[name])(z))
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
+def test_nan_in_an_ignored_row_has_no_effect_on_forward_mode(name):
+    x, targets = jnp.ones((2, 3)).at[1].set(jnp.nan), jnp.array([0, -100])
+    losses = {
+        "cross_entropy": lambda x: jaxloss.cross_entropy(x, targets),
+        "linear_cross_entropy": lambda x: jaxloss.linear_cross_entropy(x, jnp.eye(3), targets),
+    }
+    tangent = jnp.array([[1.0, 2.0, 3.0], [jnp.nan] * 3])
+    _, along = jax.jvp(losses[name], (x,), (tangent,))
+    close(along, jnp.vdot(jax.grad(losses[name])(x)[0], tangent[0]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_hessian_is_the_same_forward_over_reverse_and_reverse_over_reverse(kind):
     loss, arguments = make_loss(kind)
