@@ -4,6 +4,7 @@ Answers are compared before anything is timed. Needs the extra `test`; torch.com
 """
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -22,6 +23,7 @@ from benchmarks.timing import LEFT_OUT, PLATFORM, about, pin_malloc, quartiles
 ALL = ("losses", "linear", "train", "start")
 PINNED = ("losses", "linear")  # a whole program is timed as it runs for users
 TURNS, QUICK_TURNS = 40, 2
+WIDE = 132  # columns of what is not a terminal
 ROUGH = "--quick: few turns, small shapes. These figures are rough, and say nothing."
 
 
@@ -57,7 +59,8 @@ def main() -> None:
 
 def run(options: Options) -> None:
     """One suite, until it ends or is interrupted."""
-    console, suite = Console(), import_module(f"benchmarks.{options.suite}")
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
+    console, suite = Console(width=wide), import_module(f"benchmarks.{options.suite}")
     name = f"{options.suite}-{PLATFORM}"
     results: dict[str, Any] = about() | {"quick": options.quick, "rows": []}
     console.print({key: value for key, value in results.items() if key != "rows"})

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch.nn import functional as F  # noqa: N812
 
 import jaxloss
+from benchmarks.plots import grouped
 from benchmarks.processes import in_new_processes
 from benchmarks.timing import HAS_COMPILER, PLATFORM, Calls, assert_same_answers, temporaries, timings, told
 
@@ -23,7 +24,8 @@ SHAPES = ((128, 10), (8192, 10), (1024, 1000), (8, 128, 128, 21), (256, 32000), 
 VALUE, BOTH, OUTSIDE = "value", "value and gradient", "value, outside of jit"
 OURS, OPTAX, PLAIN, EAGER, COMPILED = "jaxloss", "optax", "plain jax.nn", "PyTorch eager", "torch.compile"
 BARE = "without options"  # another loss, which is timed to see what they cost
-PASSES = {VALUE: ("sum(x)", jnp.sum), BOTH: ("x + 1", lambda x: x + 1)}
+# A pass over the logits, and one with a result of their size; softmax less targets is the gradient, without the loss.
+LEAST = SUM, PLUS, SOFTMAX = "sum(x)", "x + 1", "softmax(x)"
 PROCESSES = 3 if PLATFORM == "cpu" else 1  # an accelerator is held by the first
 Measures = dict[str, Callable[[], int]]
 Case = tuple[str, str, str, tuple[int, ...]]  # kind, quantity, dtype and shape
@@ -132,12 +134,13 @@ def jitted(loss: Callable, quantity: str) -> Any:
 def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...]) -> tuple[Calls, Calls, Measures]:
     """Calls without arguments that return the value, or the value and its gradient, finished; PyTorch eager last.
 
-    And a pass over the logits, and for each in JAX what gives the bytes of temporaries of its compiled program.
+    And calls of what is the least, and for each in JAX what gives the bytes of temporaries of its compiled program.
     """
     z, t, g = examples(kind, shape, dtype)
     moved = len(shape) > 2 and kind.axis == -1
-    label, function = PASSES[quantity]
-    one_pass = jax.jit(function)
+    least = {SUM: jax.jit(jnp.sum)} if quantity == VALUE else {PLUS: jax.jit(lambda x: x + 1)}
+    if quantity == BOTH and kind.scalar and not kind.log_probs:
+        least[SOFTMAX] = jax.jit(partial(jax.nn.softmax, axis=kind.axis))
 
     def in_torch(array: jax.Array) -> torch.Tensor:
         tensor = torch.from_dlpack(array)
@@ -164,7 +167,8 @@ def implementations(kind: Kind, quantity: str, dtype: str, shape: tuple[int, ...
     if HAS_COMPILER and kind.compiled and quantity == BOTH:
         torch.compiler.reset()
         calls[COMPILED] = in_pytorch(torch.compile(kind.torch, dynamic=False))
-    return calls | {EAGER: in_pytorch(kind.torch)}, {label: lambda: jax.block_until_ready(one_pass(z))}, held
+    bare: Calls = {name: lambda step=step: jax.block_until_ready(step(z)) for name, step in least.items()}
+    return calls | {EAGER: in_pytorch(kind.torch)}, bare, held
 
 
 def cases(*, quick: bool) -> Iterator[Case]:
@@ -210,11 +214,11 @@ def measured(some: Iterable[Case], turns: int) -> Iterator[dict[str, Any]]:
             calls = outside_jit()
             assert_same_answers(calls)
         else:
-            calls, a_pass, held = implementations(KINDS[name], quantity, dtype, shape)
+            calls, least, held = implementations(KINDS[name], quantity, dtype, shape)
             comparable = {name: call for name, call in calls.items() if name != BARE}
             row["first call, seconds"] = assert_same_answers(comparable, dtype)
             row["temporaries"] = {each: held_bytes() for each, held_bytes in held.items()}
-            calls |= a_pass
+            calls |= least
         yield row | {"milliseconds": timings(calls, few)}
 
 
@@ -224,26 +228,26 @@ def order(row: dict[str, Any]) -> tuple[int, int]:
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Table]:
-    """Ratios of our median to each peer's and to a pass over the logits, with both quartiles of ours for the noise.
+    """For each loss, ratios of our median to its peers' and to what is the least, with quartiles of ours for the noise.
 
-    And in a second table the temporaries of JAX's programs, in MiB and in arrays of the logits' shape.
+    And in a last table the temporaries of JAX's programs, in MiB and in arrays of the logits' shape.
     """
-    peers = (OPTAX, PLAIN, EAGER, COMPILED, BARE)
-    head = ("loss", "of", "dtype", "logits")
-    table = Table(*head, f"{OURS} ms (quartiles)", *(f"/ {peer}" for peer in peers), "/ a pass", "compiles, s")
-    memory = Table(*head, *(f"{name}: temporaries, MiB (logits)" for name in (OURS, OPTAX, PLAIN)))
-    for row in rows:
-        times = row["milliseconds"]
-        spread = "{median:.3g} ({q1:.3g}-{q3:.3g})".format(**times[OURS])
-        ratios = [told(times, OURS, peer) for peer in peers]
-        a_pass = next((told(times, OURS, label) for label, _ in PASSES.values() if label in times), "")
-        first = f"{row['first call, seconds'][OURS]:.1f}" if "first call, seconds" in row else ""
-        shape = " x ".join(map(str, row["shape"]))
-        case = row["loss"], row["of"], row["dtype"], shape
-        table.add_row(*case, spread, *ratios, a_pass, first)
-        if "temporaries" in row:
-            memory.add_row(*case, *(amount(row, name) for name in (OURS, OPTAX, PLAIN)))
-    return [table, memory]
+    found = []
+    held = Table("loss", "logits", *(f"{name}, MiB (logits)" for name in (OURS, OPTAX, PLAIN)), title="temporaries")
+    for group, some in grouped(rows, lambda row: f"{row['loss']}, {row['of']}").items():
+        timed = {name for row in some for name in row["milliseconds"]}
+        others = [name for name in (OPTAX, PLAIN, EAGER, COMPILED, BARE, *LEAST) if name in timed]
+        table = Table("logits", "ms (quartiles)", *(f"/ {name}" for name in others), "first call, s", title=group)
+        for row in some:
+            case = " x ".join(map(str, row["shape"])) + f", {row['dtype']}"
+            times = row["milliseconds"]
+            ours = "{median:.3g} ({q1:.3g}-{q3:.3g})".format(**times[OURS])
+            first = f"{row['first call, seconds'][OURS]:.1f}" if "first call, seconds" in row else ""
+            table.add_row(case, ours, *(told(times, OURS, name) for name in others), first)
+            if "temporaries" in row:
+                held.add_row(group, case, *(amount(row, name) for name in (OURS, OPTAX, PLAIN)))
+        found.append(table)
+    return [*found, held]
 
 
 def amount(row: dict[str, Any], name: str) -> str:

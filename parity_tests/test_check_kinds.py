@@ -10,6 +10,7 @@ from flax import linen, nnx
 from torch import nn
 
 from jaxloss import parity
+from jaxloss.parity import load_torch
 from parity_tests.zoo import randomise
 
 
@@ -118,3 +119,43 @@ def test_integers_among_parameters_are_not_trained(kind):
     params["order"] = params["order"][::-1]
     report = parity.check(original, (forward, params), torch.randn(5, 4), steps=0, dtypes=["float64"])
     assert report.first_divergence.quantity == "order"
+
+
+class TorchMasked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        weights = (h[:, None] @ h[:, None].transpose(-1, -2) + mask).softmax(-1)
+        return self.last((weights @ h[:, None])[:, 0].mean(1))
+
+
+class FlaxMasked(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first, self.last = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        h = self.first(x)
+        weights = jax.nn.softmax(h[:, None] @ h[:, None].swapaxes(-1, -2) + mask)
+        return self.last((weights @ h[:, None])[:, 0].mean(1))
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_mask_of_attention_is_no_image(queries, parity):
+    torch.manual_seed(0)
+    original = TorchMasked()
+    port = load_torch(FlaxMasked(nnx.Rngs(0)), original.state_dict())
+    mask = torch.where(torch.rand(2, 1, queries, 5) < 0.3, -1e4, 0.0)
+    parity.check(original, port, (torch.randn(2, 5, 4), mask, torch.tensor([0, 2])), steps=1, dtypes=["float64"])
+
+
+def test_table_that_both_compute_does_not_stand_for_weights_that_are_copied():
+    original, port = TorchMasked(), FlaxMasked(nnx.Rngs(0))
+    original.register_buffer("table", torch.arange(6.0).sin())
+    port.table = nnx.Variable(jnp.sin(jnp.arange(6.0)))
+    batch = torch.randn(2, 5, 4), torch.zeros(2, 1, 1, 5), torch.tensor([0, 2])
+    report = parity.check(original, port, batch, steps=0, dtypes=["float64"])
+    assert any("PyTorch's were copied" in note for note in report.notes), str(report)
+    assert not report.first_divergence or "copied" not in report.first_divergence.diagnosis

@@ -27,6 +27,7 @@ from jaxloss.parity._original import Functions
 from parity_tests.zoo import (
     CASES,
     FlaxResidual,
+    FlaxTied,
     attend_in_jax,
     by_root_mean_square,
     gru,
@@ -235,6 +236,7 @@ FAULTS = {
     "bias missing": Fault(
         "residual", set_on("conv1", bias=None, use_bias=False), "conv1", "no counterpart in the port"
     ),
+    "scale never copied": Fault("residual", change("bn1.scale", jnp.ones_like), "bn1", "scale is still the initial 1"),
     "stale running mean": Fault("residual", change("bn1.mean", jnp.zeros_like), "bn1", "still the initial 0"),
     "weight scaled": Fault("cnn", change("fc.kernel", lambda k: 2 * k), "fc", "times 2", "scale"),
     "SAME padding with stride": Fault("residual", same_padding_stem, "stem", "pads SAME"),
@@ -397,6 +399,9 @@ FAULTS = {
     "layer norm for instance norm": between(
         "instances", lambda x: nnx.relu(normalised(x, (3,))), "each position over the channels"
     ),
+    "epsilon beside large numbers": between("large", lambda x: normalised(60 * x, (3,), 1e-6), "epsilon is 1e-06"),
+    "relu for celu": between("celu", nnx.relu, "relu where PyTorch applies celu"),
+    "relu for relu6": between("bounded", lambda x: nnx.relu(9 * x), "relu where PyTorch applies relu6"),
     "epsilon by hand": between(
         "root", partial(by_root_mean_square, epsilon=1e-6), "epsilon of 1e-06, PyTorch one of 1e-05"
     ),
@@ -544,6 +549,15 @@ def test_a_call_that_names_its_operands_is_changed_as_one_that_does_not(function
     for args, kwargs in (((a,), {second: b}), ((), {"input": a, second: b})):
         found = [change.result() for change in changes(function, args, kwargs)]
         torch.testing.assert_close(found, expected)
+
+
+def test_search_for_a_reason_does_not_end_on_integers():
+    def shifted(self, tokens):
+        return FlaxTied.__call__(self, (tokens + 1) % 7)
+
+    first = diagnose(Fault("tied", calls(__call__=shifted), "", "")).first_divergence
+    assert first.place == "between the input and embed"
+    assert "search" not in first.fix
 
 
 def test_a_join_of_unlike_tensors_can_be_reversed():

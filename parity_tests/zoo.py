@@ -331,8 +331,8 @@ def nearest(x: jax.Array) -> jax.Array:
     return x[:, jnp.arange(7) * x.shape[1] // 7][:, :, jnp.arange(7) * x.shape[2] // 7]
 
 
-def normalised(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return (x - x.mean(axes, keepdims=True)) / jnp.sqrt(x.var(axes, keepdims=True) + 1e-5)
+def normalised(x: jax.Array, axes: tuple[int, ...], epsilon: float = 1e-5) -> jax.Array:
+    return (x - x.mean(axes, keepdims=True)) / jnp.sqrt(x.var(axes, keepdims=True) + epsilon)
 
 
 def by_groups(x: jax.Array) -> jax.Array:
@@ -450,6 +450,13 @@ BETWEEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[jax.A
     "every two": (rotary(turned_every_two), turned_in_jax("neighbours"), 4),
     "groups": (lambda x: F.group_norm(x, 2), by_groups, 4),
     "instances": (lambda x: F.instance_norm(x).relu(), lambda x: nnx.relu(normalised(x, (1, 2))), 4),
+    "large": (
+        lambda x: F.layer_norm(60 * x.movedim(1, -1), (4,)).movedim(-1, 1),
+        lambda x: normalised(60 * x, (3,)),
+        4,
+    ),
+    "celu": (F.celu, jax.nn.celu, 4),
+    "bounded": (lambda x: nn.ReLU6()(9 * x), lambda x: jax.nn.relu6(9 * x), 4),
     "root": (lambda x: x * (x.pow(2).mean(1, keepdim=True) + 1e-5).rsqrt(), by_root_mean_square, 4),
     "pooled": (lambda x: F.adaptive_avg_pool2d(x, 1), lambda x: x.mean((1, 2), keepdims=True), 4),
 }

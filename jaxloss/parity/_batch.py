@@ -38,9 +38,15 @@ class Batch:
             if len(inputs) < len(self._torch_inputs):
                 raise ValueError(f"parity: {len(self._torch_inputs)} inputs for PyTorch, {len(inputs)} for Flax.")
             return inputs
-        if any(array.ndim == 4 for array in self._torch_inputs):
+        images = list(map(self._is_image, self._torch_inputs))
+        if any(images):
             self.notes.append("4-D inputs are transposed from PyTorch's NCHW to Flax's NHWC.")
-        return [np.array(np.moveaxis(array, 1, -1) if array.ndim == 4 else array) for array in self._torch_inputs]
+        moved = zip(self._torch_inputs, images, strict=True)
+        return [np.array(np.moveaxis(array, 1, -1) if image else array) for array, image in moved]
+
+    def _is_image(self, array: np.ndarray) -> bool:
+        """A 4-D input, but a mask (batch, 1, queries, keys) beside tokens."""
+        return array.ndim == 4 and (array.shape[1] != 1 or self._torch_inputs[0].ndim == 4)
 
     def input_layouts(self) -> list[Layout]:
         """How Flax's inputs become PyTorch's."""

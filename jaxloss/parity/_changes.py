@@ -45,6 +45,14 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,
     "relu6": F.relu6,
     "softplus": F.softplus,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "mish": F.mish,
+    "selu": F.selu,
+    "celu": F.celu,
+    "logsigmoid": F.logsigmoid,
+    "softsign": F.softsign,
+    "the quick GELU, x * sigmoid(1.702 x)": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 
@@ -56,6 +64,8 @@ def _activation(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: 
     name, x = function.__name__, args[0]
     approximate = kwargs.get("approximate") == "tanh"
     own = f"{name} with approximate=True" if approximate else name
+    if name == "hardtanh" and (*args[1:3], *kwargs.values())[:2] == (0, 6):
+        own = "relu6"
     for other, instead in _ACTIVATIONS.items():
         if other != own:
             of_gelu = name == other[:4] == "gelu"
@@ -363,7 +373,7 @@ def _at(value: Any, axis: int) -> int:
 
 
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(("relu", "gelu", "silu", "tanh", "sigmoid", "elu", "leaky_relu", "relu6", "softplus"), _activation),
+    **dict.fromkeys([*(name for name in _ACTIVATIONS if name.isidentifier()), "hardtanh", "clamp"], _activation),
     **dict.fromkeys(("softmax", "log_softmax"), _softmax),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv),
     "linear": _linear,

@@ -147,12 +147,15 @@ def _of_weight(subject: Subject, failure: Failure) -> Iterator[Explanation]:
     initial = {"running_mean": 0.0, "running_var": 1.0, "bias": 0.0}
     if (value := initial.get(finding.quantity)) is not None and (ours == value).all():
         yield Explanation(f"the port's {finding.quantity} is still the initial {value:g}: it was never copied", fix)
+    if finding.quantity == "weight" and ours.ndim == 1 and (ours == 1).all():
+        yield Explanation("the port's scale is still the initial 1: it was never copied", fix)
     layout = subject.exact.port.weights[name].layout
     for other, theirs in state.items():
         if (
             other != subject.weight_pairs[name]
             and theirs.shape == layout.merged
             and np.array_equal(layout.to_torch(ours), theirs)
+            and (ours.size == 1 or np.ptp(ours) > 0)
         ):
             yield Explanation(f"it holds PyTorch's {other}", f"copy {subject.weight_pairs[name]} here")
     if finding.diagnosis.endswith("order (1, 0)"):
@@ -237,6 +240,9 @@ def _other_dropout(subject: Subject, edge: Edge) -> Iterator[Explanation]:
     here = sum(drop.window in edge.our_windows for drop in our_drops)
     there = sum(drop.window in edge.windows for drop in their_drops)
     if here != there:
+        if len(our_drops) == len(their_drops):
+            meaning = "the port drops in another order than PyTorch, and gets another's masks"
+            yield Explanation(meaning, "call the dropouts in PyTorch's order")
         fix = "drop as often: in eval mode, or at rate 0, a port does not"
         yield Explanation(f"here the port drops {_times(here)}, PyTorch {_times(there)}", fix)
     for drop, ours in zip(their_drops, our_drops, strict=False):
@@ -261,7 +267,9 @@ def _other_layers(subject: Subject, edge: Edge) -> Iterator[Explanation]:
         if (layer := subject.uncalled.get(call.key)) is not None and _is_unused(subject, layer):
             yield Explanation(f"PyTorch calls {call.name} here, the port does not", f"call {call.name}")
         if shapes := subject.misshapen.get(call.key):
-            fix = "look at its padding (nnx.Conv's default is SAME, PyTorch's 0), strides and kernel_dilation"
+            fix = (
+                "unless something crops it, look at padding (nnx.Conv's is SAME, PyTorch's 0), strides, kernel_dilation"
+            )
             yield Explanation(f"the port's {call.name} returns {shapes.ours}, PyTorch's {shapes.theirs}", fix)
 
 

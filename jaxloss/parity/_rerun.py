@@ -161,7 +161,7 @@ def _rest(result: np.ndarray, theirs: np.ndarray, layout: Layout, ours: np.ndarr
 
 
 def _inserted(theirs: np.ndarray, layout: Layout, ours: np.ndarray) -> Iterator[Candidate]:
-    for change in insertions(torch.from_numpy(theirs)):
+    for change in insertions(torch.from_numpy(theirs)) if np.issubdtype(theirs.dtype, np.floating) else ():
         if (rest := _rest(to_numpy(change.result()), theirs, layout, ours)) is not None:
             yield Candidate(rest, Explanation(change.meaning, change.fix))
 

@@ -40,7 +40,7 @@ def compare_steps(findings: Findings, subject: Subject, optimizer: optax.Gradien
     if not subject.source.steps or not view.port.parameters or not view.recording.parameter_gradients:
         return None
     names = {theirs: ours for ours, theirs in subject.parameter_pairs()}
-    if frozen := ", ".join(sorted(set(view.port.parameters) - set(names.values()))):
+    if frozen := ", ".join(sorted({*view.port.parameters} & {*subject.weight_pairs} - {*names.values()})):
         findings.notes.append(f"PyTorch does not train {frozen}: held fixed in the port's steps too.")
     moved = view.recording.moving
     moving = {theirs: ours for theirs, ours in names.items() if theirs in moved}

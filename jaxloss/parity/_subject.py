@@ -292,7 +292,9 @@ class Subject:
                 ours = np.asarray(self.value(f"{name}.weight"))
                 if np.array_equal(ours, view.state[theirs].T):  # the port flattens in PyTorch's order
                     self._forget_feature_map(name, view)
-        self.copied = not any(self._comes_from_torch(name, self.value(name), view) for name in self.weight_pairs)
+        # Not of the rest, unless there is nothing else: tables that both compute are equal by themselves.
+        names = [name for name in self.weight_pairs if name in port.parameters] or self.weight_pairs
+        self.copied = not any(self._comes_from_torch(name, self.value(name), view) for name in names)
         if self.copied:
             for name in self._flat_maps(port):
                 if self._arrives_in_torchs_order(name, view):

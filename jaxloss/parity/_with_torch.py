@@ -60,8 +60,8 @@ def check(
             for the check, and the report says so. Copied, never changed.
         torch_batch: one tensor or array; or a tuple of the module's inputs, and last, if there is a loss, the targets.
         flax_batch: the inputs for the port. By default those of PyTorch, with 4-D ones transposed from NCHW to NHWC.
-        layouts: shape in PyTorch, `(channels, *spatial)`, of the feature maps that linear layers read as one axis, by
-            the port's layer. Found by themselves where PyTorch flattens directly before the layer.
+        layouts: shape in PyTorch, `(channels, *spatial)`, of the feature maps that linear layers read, or write, as
+            one axis, by the port's layer. Found by themselves where PyTorch flattens directly before the layer.
         names: PyTorch's names of weights by the port's, where they would be paired otherwise: `report.weight_map` shows
             how.
         ignore: names of weights or buffers that the port does not need, like a causal mask; of the port's variables
