@@ -115,7 +115,8 @@ def fraction(name: str, argument: str, value: Any, upper: float, least: str = "a
         floating = jnp.issubdtype(value.dtype, np.floating)
         return value if floating else value.astype(jnp.result_type(float))
     dtype = getattr(value, "dtype", None)
-    unreal = dtype is not None and not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer)
+    kinds = jnp.floating, jnp.integer
+    unreal = isinstance(dtype, np.dtype) and not any(jnp.issubdtype(dtype, kind) for kind in kinds)
     if unreal or isinstance(value, str | bool):
         raise TypeError(f"{name}: {argument} must be a number, got {value!r}.")
     try:

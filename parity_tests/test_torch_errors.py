@@ -354,3 +354,9 @@ def test_labels_may_be_known_where_the_number_of_classes_is_not():
     call = exported(jax.ShapeDtypeStruct(shape, jnp.float32)).call
     np.testing.assert_allclose(call(jnp.ones((2, 4))), np.log([4, 4]), rtol=1e-6)
     assert np.isnan(call(jnp.ones((2, 3)))).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.1), np.float16(0.1), jnp.bfloat16(0.1)], ids=repr)
+def test_options_may_be_any_frameworks_scalars(value):
+    loss = jaxloss.cross_entropy(jnp.eye(3), jnp.arange(3), label_smoothing=value)
+    assert loss == jaxloss.cross_entropy(jnp.eye(3), jnp.arange(3), label_smoothing=float(value))
