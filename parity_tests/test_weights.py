@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -653,3 +654,14 @@ def test_weights_travel_without_torch(tmp_path):
         load_torch(nnx.Linear(2, 3, rngs=nnx.Rngs(1)), path)
     """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_layers_stacked_by_vmap_are_named():
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stacked(key):
+        return nnx.Linear(4, 4, rngs=nnx.Rngs(key))
+
+    port = nnx.Dict(layers=stacked(jax.random.split(jax.random.key(0), 3)))
+    state = nn.Sequential(OrderedDict(layers=nn.Linear(4, 4))).state_dict()
+    with pytest.raises(ValueError, match=r"layers.bias has shape \(3, 4\), its layer says \(4,\). If nnx.vmap"):
+        load_torch(port, state)
