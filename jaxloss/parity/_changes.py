@@ -66,17 +66,17 @@ def _activation(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: 
     own = f"{name} with approximate=True" if approximate else name
     if name == "hardtanh" and (*args[1:3], *kwargs.values())[:2] == (0, 6):
         own = "relu6"
-    for other, instead in _ACTIVATIONS.items():
-        if other != own:
-            of_gelu = name == other[:4] == "gelu"
-            fix = f"pass approximate={approximate} to jax.nn.gelu" if of_gelu else f"use {own}"
-            yield Change(f"the port applies {other} where PyTorch applies {own}", fix, lambda f=instead: f(x))
     if name in _PARAMETERS:
         parameter, values, fix = _PARAMETERS[name]
         own_value = kwargs.get(parameter, args[1] if len(args) > 1 else values[0])
         for value in (value for value in values if value != own_value):
             meaning = f"the port's {name} has {parameter}={value:g}, PyTorch's {parameter}={own_value:g}"
             yield Change(meaning, fix.format(own_value), lambda value=value: function(x, value))
+    for other, instead in _ACTIVATIONS.items():
+        if other != own:
+            of_gelu = name == other[:4] == "gelu"
+            fix = f"pass approximate={approximate} to jax.nn.gelu" if of_gelu else f"use {own}"
+            yield Change(f"the port applies {other} where PyTorch applies {own}", fix, lambda f=instead: f(x))
     yield Change(f"the port leaves out {name}", f"apply {name}", lambda: x)
     for meaning in of_terms(name):
         yield Change(meaning, f"apply {name} to the sum", lambda: x, together=True)

@@ -240,10 +240,9 @@ def _other_dropout(subject: Subject, edge: Edge) -> Iterator[Explanation]:
     here = sum(drop.window in edge.our_windows for drop in our_drops)
     there = sum(drop.window in edge.windows for drop in their_drops)
     if here != there:
-        if len(our_drops) == len(their_drops):
-            meaning = "the port drops in another order than PyTorch, and gets another's masks"
-            yield Explanation(meaning, "call the dropouts in PyTorch's order")
         fix = "drop as often: in eval mode, or at rate 0, a port does not"
+        if len(our_drops) == len(their_drops):
+            fix = "drop where PyTorch does, and in its order, in which the masks are given"
         yield Explanation(f"here the port drops {_times(here)}, PyTorch {_times(there)}", fix)
     for drop, ours in zip(their_drops, our_drops, strict=False):
         if drop.window in edge.windows and ours.rate != drop.rate:
