@@ -254,7 +254,8 @@ def weights_of(
         name = NAMES.get(attribute, attribute) if isinstance(layer, _LAYERS) else attribute
         layout = _layout(layer, attribute, variable.shape, feature_map)
         full, flax_name = ".".join((*path, name)), ".".join((*path, attribute))
-        if isinstance(layer, Linear) and math.prod(variable.shape) != math.prod(layout.merged):
+        own = isinstance(layer, Linear) and attribute in ("kernel", "bias")
+        if own and math.prod(variable.shape) != math.prod(layout.merged):
             raise ValueError(
                 f"{type(module).__name__}: {flax_name} has shape {variable.shape}, its layer says {layout.merged}. If "
                 "nnx.vmap has stacked layers, keep them in a list: PyTorch's are paired one by one."
