@@ -150,6 +150,15 @@ def test_damaged_accuracy_of_an_older_checkpoint_stops_nothing(whole: Path, tmp_
     assert_ended_alike(tmp_path, whole)
 
 
+def test_run_killed_in_its_first_save_has_no_weights(whole: Path, tmp_path: Path, capsys: Any) -> None:
+    newest = copied(whole, tmp_path, newest=True)
+    for checkpoint in newest.parent.iterdir():
+        shutil.rmtree(checkpoint)
+    (newest.parent / "8.orbax-checkpoint-tmp").mkdir()
+    assert evaluate.main([str(tmp_path)]) == 2
+    assert "has no weights of net" in capsys.readouterr().err
+
+
 def test_run_goes_on_with_the_very_flags_it_was_started_with(whole: Path, tmp_path: Path) -> None:
     copied(whole, tmp_path, newest=False)
     assert main([*FLAGS, "--resume", str(tmp_path)]) == 0

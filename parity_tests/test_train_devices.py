@@ -165,6 +165,10 @@ def wait_for_a_checkpoint(process: subprocess.Popen[str], run: Path) -> None:
         ("--num-processes 2", "--num-processes and --process-id need --coordinator"),
         ("--coordinator h:1", "--coordinator needs --num-processes and --process-id"),
         ("--coordinator h --num-processes 2 --process-id 0", "--coordinator must be HOST:PORT or auto, got h"),
+        (
+            "--coordinator h:99999 --num-processes 2 --process-id 0",
+            "--coordinator must be HOST:PORT or auto, got h:99999",
+        ),
         ("--coordinator h:1 --num-processes 2 --process-id 2", "--process-id must lie in [0, 2), got 2"),
     ],
 )

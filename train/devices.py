@@ -46,7 +46,8 @@ def find_devices() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"JAX finds no device: {error}") from error
+        asked = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        raise UserError(f"JAX finds no device of JAX_PLATFORMS={asked} {error}") from error
 
 
 def make_mesh(count: int | None) -> Mesh:
