@@ -65,7 +65,7 @@ def run(options: Options) -> None:
     results: dict[str, Any] = about() | {"quick": options.quick, "rows": []}
     console.print({key: value for key, value in results.items() if key != "rows"})
     for what, why in LEFT_OUT.items():
-        console.print(f"{what} is left out: it {why}")
+        console.print(f"{what} is left out: it {why}", markup=False)
     if options.json:
         options.json.mkdir(parents=True, exist_ok=True)
     turns = options.turns or (QUICK_TURNS if options.quick else TURNS)

@@ -85,7 +85,9 @@ def test_what_would_compile_for_a_device_is_used_or_named(tmp_path):
     printed = run_quick("compiled", tmp_path)
     for target in compiled.TARGETS.values():
         shown = f"│ {target.name}" in printed or f"┃ {target.name}" in printed
-        assert shown != (f"{target.name} is left out: it needs {target.package}" in printed)
+        assert shown != (
+            f"{target.name} is left out: it needs {target.package}: pip install 'jax[cuda12-local,tpu]'" in printed
+        )
 
 
 def test_committed_programs_are_of_both_devices_and_every_loss():
