@@ -282,6 +282,46 @@ def test_float32_inside_the_original_is_named(original, port):
     assert any("leaves float64 in float:" in note for note in report.notes)
 
 
+class EpsilonOutside(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y / (y.norm(dim=-1, keepdim=True) + 1e-6)
+
+
+class EpsilonInside(nnx.Linear):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = super().__call__(x)
+        return y / jnp.sqrt((y**2).sum(-1, keepdims=True) + 1e-6)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_an_error_of_float32s_size_is_float32s_only_if_something_computes_in_it(narrow: bool):
+    class Port(EpsilonInside):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return super().__call__(x.astype(jnp.float32).astype(x.dtype) if narrow else x)
+
+    torch.manual_seed(0)
+    original = EpsilonOutside(8, 16)
+    port = load_torch(Port(8, 16, rngs=nnx.Rngs(0)), original.state_dict())
+    report = parity.check(original, port, torch.randn(5, 8), losses=None, steps=0, dtypes=["float64"])
+    assert report.first_divergence.kind == ("precision" if narrow else "semantic")
+    says = "something computes in float32" if narrow else "neither computes in float32"
+    assert says in report.first_divergence.diagnosis.lower()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_pytorchs_rounded_derivative_of_hardsigmoid_is_no_fault_of_the_port(inplace: bool, parity):
+    class Port(nnx.Module):
+        def __init__(self) -> None:
+            self.layers = nnx.List([nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 3, rngs=nnx.Rngs(1))])
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.layers[1](jax.nn.hard_sigmoid(self.layers[0](x)))
+
+    original = nn.Sequential(nn.Linear(4, 8), nn.Hardsigmoid(inplace=inplace), nn.Linear(8, 3))
+    parity.check(original, Port(), 3 * torch.randn(5, 4))
+
+
 def test_square_inputs_have_the_layout_of_their_values(parity):
     class Port(nnx.Module):
         def __init__(self) -> None:

@@ -159,3 +159,55 @@ def test_table_that_both_compute_does_not_stand_for_weights_that_are_copied():
     report = parity.check(original, port, batch, steps=0, dtypes=["float64"])
     assert any("PyTorch's were copied" in note for note in report.notes), str(report)
     assert report.ok, str(report)
+
+
+class Flagged(nnx.Module):
+    """Drops if the call says so, whatever mode the module is in."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.a, self.dropout, self.b = (
+            nnx.Linear(6, 16, rngs=rngs),
+            nnx.Dropout(0.3, rngs=rngs),
+            nnx.Linear(16, 4, rngs=rngs),
+        )
+
+    def drop(self, x: jax.Array, off: bool) -> jax.Array:
+        return self.b(self.dropout(nnx.relu(self.a(x)), deterministic=off))
+
+
+class Deterministic(Flagged):
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        return self.drop(x, deterministic)
+
+
+class Training(Flagged):
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        return self.drop(x, not train)
+
+
+class Given(Flagged):
+    """What is called train is an input."""
+
+    def __call__(self, x: jax.Array, train: jax.Array) -> jax.Array:
+        return self.b(nnx.relu(self.a(x)) * train)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("port", [Deterministic, Training])
+def test_a_port_whose_call_takes_the_mode_is_given_it(port, train, parity):
+    original = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 4))
+    names = {"a.weight": "0.weight", "a.bias": "0.bias", "b.weight": "3.weight", "b.bias": "3.bias"}
+    parity.check(original, port(), torch.randn(8, 6), names=names, train=train)
+
+
+def test_an_input_of_the_name_of_a_mode_stays_an_input(parity):
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.relu(self.a(x)) * factor)
+
+    parity.check(Original(), Given(), (torch.randn(8, 6), torch.randn(8, 16)), losses=None)

@@ -50,11 +50,11 @@ class Batch:
 
     def input_layouts(self) -> list[Layout]:
         """How Flax's inputs become PyTorch's."""
-        from jaxloss.parity._pairs import activation_layout
+        from jaxloss.parity._pairs import activation_layouts, nearest
 
         def layout(theirs: np.ndarray, ours: np.ndarray) -> Layout:
-            moved = theirs.ndim > 2 and np.array_equal(np.moveaxis(theirs, 1, -1), ours, equal_nan=True)
-            return activation_layout(theirs.shape, ours.shape, channels_first=moved) or same(ours.shape)
+            layouts = activation_layouts(theirs.shape, ours.shape)
+            return nearest(layouts, ours, theirs) if layouts else same(ours.shape)
 
         return list(map(layout, self._torch_inputs, self.flax_inputs))
 

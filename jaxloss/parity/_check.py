@@ -104,6 +104,8 @@ def _unmatched(findings: Findings, subject: Subject) -> None:
             findings.notes.append(f"Training starts elsewhere: the port's initialisation differs in {other}.")
     if not subject.exact.port.layers:
         findings.notes.append("The port's layers are unknown: only outputs, gradients and steps are compared.")
+    if moved := ", ".join(dict.fromkeys(subject.moved)):
+        findings.notes.append(f"By its numbers, the port has the axes of {moved} in another order than PyTorch.")
     if subject.uncompared:
         names = ", ".join(subject.uncompared)
         findings.notes.append(f"No call of PyTorch's fits {names}: compared only within the edges around.")

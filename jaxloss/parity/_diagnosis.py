@@ -119,6 +119,10 @@ def _float32_inside(subject: Subject) -> Explanation:
     elif tables := ", ".join(_float32_tables(subject)):
         meaning = f"PyTorch's {tables} has float32's digits, also in float64: the port may compute it with more"
         fix = f"give the port PyTorch's numbers; if they still differ, {fix}"
+    elif not subject.exact.programs.leaves_float64(subject.values(), subject.exact.recording.masks):
+        meaning = "the error has float32's size, but neither computes in float32"
+        fix = "look for an epsilon in another place (inside of a root, or outside), and for constants of few digits"
+        return Explanation(meaning, fix, "semantic")
     return Explanation(meaning, fix, "precision")
 
 
@@ -249,7 +253,10 @@ def _other_dropout(subject: Subject, edge: Edge) -> Iterator[Explanation]:
             yield Explanation(
                 f"the port drops at rate {ours.rate:g}, PyTorch at {drop.rate:g}", f"pass rate={drop.rate:g}"
             )
-        if drop.window in edge.windows and drop.whole_channels != bool(ours.broadcast):
+        if drop.window in edge.windows and 0 in ours.broadcast:
+            meaning = "the port drops the same in all of the batch, PyTorch in each by itself (Flax's attention?)"
+            yield Explanation(meaning, "pass broadcast_dropout=False to Flax's attention")
+        elif drop.window in edge.windows and drop.whole_channels != bool(ours.broadcast):
             words = ("elements", "whole channels")[:: 1 if drop.whole_channels else -1]
             fix = f"pass broadcast_dims={(1, 2) if drop.whole_channels else ()} to nnx.Dropout"
             yield Explanation(f"the port drops {words[0]}, PyTorch {words[1]}", fix)

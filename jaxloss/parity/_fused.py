@@ -1,7 +1,9 @@
 """Attention's weights as PyTorch's MultiheadAttention keeps them: query, key and value in one tensor."""
 
+import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import wraps
 from typing import Any
 
 import jax
@@ -106,3 +108,30 @@ def exact_attention(query: jax.Array, key: jax.Array, value: jax.Array, **option
     if not options.get("dropout_rate"):
         options |= {"dropout_rate": 0.5, "deterministic": True}
     return nnx.dot_product_attention(query, key, value, **options)
+
+
+def dropping(
+    attention: Callable[..., jax.Array], weights_of: Callable[..., jax.Array], tape: Callable[[], Any]
+) -> Callable[..., jax.Array]:
+    """Flax's attention, with the dropout of what the tape is then, if there is one.
+
+    Args:
+        attention: of a query, a key, a value and options.
+        weights_of: the attention's weights, of a query, a key and options.
+        tape: called when the attention is.
+    """
+    known = inspect.signature(weights_of).parameters
+
+    @wraps(attention)
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
+        rate, given = options.get("dropout_rate", 0.0), tape()
+        if options.get("deterministic") or not rate or given is None:
+            return attention(query, key, value, **options)
+        exact = {name: option for name, option in options.items() if name in known} | {"deterministic": True}
+        weights = weights_of(query, key, **exact)
+        broadcast = tuple(range(weights.ndim - 2)) if options.get("broadcast_dropout", True) else ()
+        values = jnp.repeat(value, query.shape[-2] // value.shape[-2], axis=-2)
+        weights = given.drop(weights, rate, broadcast)
+        return jnp.einsum("...hqk,...khd->...qhd", weights, values, precision=options.get("precision"))
+
+    return attend

@@ -1,5 +1,6 @@
 """What dropout kept in PyTorch, laid out as the port drops."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ class PortDrop(NamedTuple):
     shape: Shape  # of what is dropped
 
 
-def port_mask(mask: np.ndarray, drop: Drop, ours: PortDrop, *, flax_order: bool, image: bool) -> np.ndarray:
+def port_mask(mask: np.ndarray, drop: Drop, ours: PortDrop, *, flax_order: bool, orders: Sequence[Shape]) -> np.ndarray:
     """PyTorch's mask in the port's layout, as coarse or as fine as the port draws it.
 
     Args:
@@ -33,10 +34,12 @@ def port_mask(mask: np.ndarray, drop: Drop, ours: PortDrop, *, flax_order: bool,
         drop: the call there.
         ours: the call in the port.
         flax_order: whether the layer that follows reads a feature map that the port flattens channels last.
-        image: whether what is dropped comes from a layer with PyTorch's channels at axis 1.
+        orders: PyTorch's axes in the port's order, as the layers around have them, the likeliest first.
     """
-    candidates = _candidates(mask, drop, len(ours.shape), flax_order=flax_order, image=image)
-    fitting = [each for each in candidates if _broadcasts(each.shape, ours.shape)]
+    candidates = _candidates(mask, drop, len(ours.shape), flax_order=flax_order, orders=orders)
+    if mask.ndim == 3 and len(ours.shape) == 4 and mask.size == np.prod(ours.shape):
+        candidates = [mask.reshape(ours.shape)]  # attention of (batch times heads, queries, keys)
+    fitting = [each for each in candidates if broadcasts(each.shape, ours.shape)]
     broadcast = {axis % len(ours.shape) for axis in ours.broadcast}
     random = np.random.default_rng(0).random(ours.shape) < 0.5  # differs from any other, as it must where nothing fits
     if not fitting:
@@ -47,19 +50,22 @@ def port_mask(mask: np.ndarray, drop: Drop, ours: PortDrop, *, flax_order: bool,
     return fitted[tuple(slice(1) if axis in broadcast else slice(None) for axis in range(fitted.ndim))]
 
 
-def _candidates(mask: np.ndarray, drop: Drop, rank: int, *, flax_order: bool, image: bool) -> list[np.ndarray]:
+def _candidates(
+    mask: np.ndarray, drop: Drop, rank: int, *, flax_order: bool, orders: Sequence[Shape]
+) -> list[np.ndarray]:
     """The mask in each layout that it may have in the port, the likeliest first."""
     if mask.ndim == 2 and drop.feature_map is not None:
         full = mask.reshape(len(mask), *drop.feature_map)
         moved = np.moveaxis(full, 1, -1)
         return [moved, full] if rank > 2 else [(moved if flax_order else full).reshape(mask.shape)]
     if mask.ndim < 3:
-        return [mask]
+        return [*(mask.transpose(order) for order in orders), mask]
     moved = np.moveaxis(mask, 1, -1)
     if rank == 2:
         return [(moved if flax_order else mask).reshape(len(mask), -1)]
-    return [moved, mask] if image else [mask, moved]
+    return [*(mask.transpose(order) for order in orders), mask, moved]
 
 
-def _broadcasts(shape: Shape, full: Shape) -> bool:
+def broadcasts(shape: Shape, full: Shape) -> bool:
+    """Whether an array of this shape fits that one, of as many axes."""
     return len(shape) == len(full) and all(a in (1, b) for a, b in zip(shape, full, strict=True))

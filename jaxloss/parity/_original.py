@@ -6,7 +6,9 @@ import math
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from jaxloss.parity._change import Change, Choice
 from jaxloss.parity._changes import changes, dropped
+from jaxloss.parity._layout import Shape
 from jaxloss.parity._masks import Drop
 from jaxloss.parity._pairs import Call
 from jaxloss.parity._recording import LayerCall, Recording
@@ -195,6 +198,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return a.tobytes() == b.tobytes()
 
 
+_ATTENTION: Callable[..., Tensor] = F.scaled_dot_product_attention
 RECENT = 8  # layers whose inputs and outputs are kept in mind
 
 
@@ -242,6 +246,12 @@ class Functions(TorchFunctionMode):
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", str(func))
         if func in _WHOLE_CHANNELS:
             return self._drop(func, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            return self._fused_attention(args, kwargs)
+        if func is _ATTENTION:
+            func = self._attention(*args, **kwargs)
+        if func is F.hardsigmoid and args[0].dtype is torch.float64:
+            func = _hardsigmoid
         if (chosen := self._watch(func, args, kwargs)) is not None:
             result = chosen.result()
             in_place = args and name.endswith("_") and not name.endswith("__")
@@ -291,15 +301,70 @@ class Functions(TorchFunctionMode):
         x, p, training, inplace = (bound.arguments[name] for name in ("input", "p", "training", "inplace"))
         if not training or p == 0:
             return x
-        shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if _WHOLE_CHANNELS[func] else tuple(x.shape)
-        kept = np.random.default_rng((self._seed, len(self.masks))).random(shape) >= p
-        self.masks.append(kept)
         flat = self._feature_map if x.ndim == 2 and x.shape[1] == math.prod(self._feature_map or ()) else None
-        self.drops.append(Drop(self._window, p, _WHOLE_CHANNELS[func], flat))
-        result = torch.where(torch.from_numpy(kept), x / (1 - p) if p < 1 else x, torch.zeros((), dtype=x.dtype))
+        result = _kept(x, p, self._mask(x.shape, p, whole_channels=_WHOLE_CHANNELS[func], feature_map=flat))
         if (chosen := self._watch(dropped, (result, x, p), {})) is not None:
             result = chosen.result()
         return x.copy_(result) if inplace else result
+
+    def _mask(
+        self, shape: Sequence[int], rate: float, *, whole_channels: bool = False, feature_map: Shape | None = None
+    ) -> Tensor:
+        """What a call of dropout keeps."""
+        if whole_channels:
+            shape = (*shape[:2], *(1 for _ in shape[2:]))
+        kept = np.random.default_rng((self._seed, len(self.masks))).random(tuple(shape)) >= rate
+        self.masks.append(kept)
+        self.drops.append(Drop(self._window, rate, whole_channels, feature_map))
+        return torch.from_numpy(kept)
+
+    def _attention(
+        self, query: Tensor, key: Tensor, *others: Any, dropout_p: float = 0.0, **options: Any
+    ) -> Callable[..., Tensor]:
+        """`scaled_dot_product_attention`, with a mask of its own in place of PyTorch's random numbers, if it drops."""
+        rate = others[2] if len(others) > 2 else dropout_p
+        if not rate:
+            return _ATTENTION
+        mask = self._mask((*query.shape[:-1], key.shape[-2]), rate)
+
+        def scaled_dot_product_attention(
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attn_mask: Tensor | None = None,
+            dropout_p: float = 0.0,
+            is_causal: bool = False,
+            **options: Any,
+        ) -> Tensor:
+            if attn_mask is not None and attn_mask.dtype is torch.bool:  # what follows would add it
+                attn_mask = query.new_zeros(attn_mask.shape).masked_fill(~attn_mask, -math.inf)
+            _, weights = torch.ops.aten._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, 0.0, is_causal, **options
+            )
+            groups = weights.shape[-3] // value.shape[-3] if weights.ndim > 3 else 1
+            return _kept(weights, dropout_p, mask) @ value.repeat_interleave(groups, -3)
+
+        return scaled_dot_product_attention
+
+    def _fused_attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`multi_head_attention_forward`, whose dropout is this one's."""
+        drop, attend = (partial(self._as_seen, function) for function in (F.dropout, _ATTENTION))
+        with mock.patch.object(F, "dropout", drop), mock.patch.object(F, "scaled_dot_product_attention", attend):
+            return F.multi_head_attention_forward(*args, **kwargs)
+
+    def _as_seen(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.__torch_function__(func, (), args, kwargs)
+
+
+def _kept(x: Tensor, rate: float, mask: Tensor) -> Tensor:
+    """Dropout with this mask."""
+    return torch.where(mask, x / (1 - rate) if rate < 1 else x, torch.zeros((), dtype=x.dtype))
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """The same in float64: PyTorch's own derivative there is 1/6 in float32 (2.13)."""
+    result = F.relu6(input + 3) / 6
+    return input.copy_(result) if inplace else result
 
 
 def _rounded(value: object) -> bool:

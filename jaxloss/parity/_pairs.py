@@ -8,10 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxloss.parity._layout import Layout, Shape, channels_last, same
+from jaxloss.parity._compare import compare
+from jaxloss.parity._layout import Layout, Shape, channels_last, permuted, same
 
 Call = tuple[str, int]  # a layer's name, and how often it was called before
 Shapes = Mapping[str, Shape]  # PyTorch's shapes by "layer.weight"
+
+MOST_AXES = 4  # of an activation, in whatever order a port may have them
+SAME = 1e-6  # the relative distance of arrays that need no other order
+NEARER = 0.1  # what another order leaves of the distance in the usual one, if the port has that other
 
 
 @dataclass
@@ -177,20 +182,35 @@ def _join(layer: str, kind: str) -> str:
     return f"{layer}.{kind}" if layer else kind
 
 
-def activation_layout(
+def activation_layouts(
     theirs: Shape, ours: Shape, *, channels_first: bool = False, feature_map: Shape | None = None
-) -> Layout | None:
-    """How an activation of the port becomes the original's, from the shapes; None if no layout fits."""
-    plain = [same(theirs)] if theirs else [same(())]
-    moved = [channels_last(theirs)] if len(theirs) > 2 else []
-    if theirs and feature_map and theirs[-1] == math.prod(feature_map) and math.prod(ours) == math.prod(theirs):
+) -> list[Layout]:
+    """How an activation of the port may become the original's, as far as the shapes tell, the likeliest first."""
+    as_large = math.prod(ours) == math.prod(theirs)
+    if theirs and feature_map and theirs[-1] == math.prod(feature_map) and as_large:
         batch, (channels, *spatial) = theirs[:-1], feature_map
         axes = range(len(batch), len(batch) + len(spatial))
         order = (*range(len(batch)), len(batch) + len(spatial), *axes)
-        return Layout(ours, (*batch, *spatial, channels), order, theirs)
-    for layout in moved + plain if channels_first else plain + moved:
-        if layout.shape == ours:
-            return layout
-    if math.prod(ours) == math.prod(theirs):  # an axis split into heads
-        return Layout(ours, theirs, tuple(range(len(theirs))), theirs)
-    return None
+        return [Layout(ours, (*batch, *spatial, channels), order, theirs)]
+    usual = [same(theirs)]
+    if len(theirs) > 2:
+        usual.insert(0 if channels_first else 1, channels_last(theirs))
+    orders = itertools.permutations(range(len(theirs))) if 1 < len(theirs) <= MOST_AXES else ()
+    others = (
+        permuted(tuple(theirs[axis] for axis in order), tuple(map(order.index, sorted(order)))) for order in orders
+    )
+    fitting = [layout for layout in dict.fromkeys((*usual, *others)) if layout.shape == ours]
+    if not fitting and as_large:  # an axis split into heads
+        return [Layout(ours, theirs, tuple(range(len(theirs))), theirs)]
+    return fitting
+
+
+def nearest(layouts: Sequence[Layout], ours: np.ndarray, theirs: np.ndarray) -> Layout:
+    """The layout in which both arrays agree best: the first, unless another is far nearer."""
+
+    def distance(layout: Layout) -> float:
+        return compare(ours, layout.to_flax(theirs), tolerance=0.0).error
+
+    first, *others = layouts
+    least = min(others, key=distance, default=first) if distance(first) > SAME else first
+    return least if distance(least) < NEARER * distance(first) else first

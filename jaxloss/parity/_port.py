@@ -1,5 +1,6 @@
 """A Flax NNX module opened up: run with any weights, every layer's call handed to a hook."""
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from flax.nnx.nn.attention import dot_product_attention_weights
 from jax.extend.core import get_opaque_trace_state
 
-from jaxloss.parity._fused import exact_attention
+from jaxloss.parity._fused import dropping, exact_attention
+from jaxloss.parity._layout import Shape
 from jaxloss.parity._masks import PortDrop
 from jaxloss.parity._pairs import Call
 from jaxloss.parity.weights import Weights, weights_of
@@ -20,6 +23,7 @@ from jaxloss.parity.weights import Weights, weights_of
 Arrays = dict[str, jax.Array]
 Hook = Callable[[object, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
+_TRAIN_FLAGS = {"train": True, "training": True, "is_training": True, "deterministic": False}
 _DROPOUTS = (nnx.Dropout, linen.Dropout)
 
 _hook: ContextVar[Hook | None] = ContextVar("hook", default=None)
@@ -56,13 +60,15 @@ class Port:
         """
         copied = nnx.clone(module)
         copied.train() if train else copied.eval()
+        self._flags_after = partial(train_flags, type(module), train=train)
         for node in _modules(copied):
             for name in ("dtype", "param_dtype"):  # a recurrent cell's carry begins in param_dtype
                 computed, now = isinstance(getattr(type(node), name, None), property), getattr(node, name, None)
                 if not computed and now is not None and jnp.dtype(now) in told:
                     setattr(node, name, dtype)
-            if getattr(node, "attention_fn", None) is nnx.dot_product_attention and dtype == jnp.float64:
-                node.attention_fn = exact_attention
+            if getattr(node, "attention_fn", None) is nnx.dot_product_attention:
+                own = exact_attention if dtype == jnp.float64 else nnx.dot_product_attention
+                node.attention_fn = dropping(own, dot_product_attention_weights, _hook.get)
             node.__class__ = _hooked(type(node))
         self.dtype, self._copied, self._theirs, self._names = dtype, copied, theirs, names
         self._graph, self._state = nnx.split(copied)
@@ -115,7 +121,7 @@ class Port:
             weights[name].variable.set_value(value)
         hook.names = {id(weights[name].layer): weights[name].layer_name for name in reversed(list(values))}
         with _hooks(hook):
-            outputs = module(*inputs)
+            outputs = module(*inputs, **self._flags_after(len(inputs)))
         after = {name: weights[name].variable.get_value() for name in values if name not in self.parameters}
         return Run(outputs, after, hook)
 
@@ -148,8 +154,7 @@ class Tape:
             x, *given = args or (kwargs["inputs"],)
             off = kwargs.get("deterministic", given[0] if given else None)
             if not (module.deterministic if off is None else off) and module.rate:
-                self._left_whole()
-                return self._drop(module, x)
+                return self.drop(x, module.rate, tuple(module.broadcast_dims))
         if name is None or name not in self._layers or self._left_whole():
             return function(*args, **kwargs)
         index = self._counts[name] = self._counts.get(name, -1) + 1
@@ -175,14 +180,16 @@ class Tape:
             raise InnerTraceError
         return inside
 
-    def _drop(self, module: Any, x: jax.Array) -> jax.Array:
+    def drop(self, x: jax.Array, rate: float, broadcast: Shape) -> jax.Array:
+        """What dropout at this rate, with one mask along the axes to broadcast, leaves in place of the port's own."""
+        self._left_whole()
         window = sum(isinstance(output, jax.Array) for output in self.outputs.values())
-        self.drops.append(PortDrop(window, module.rate, tuple(module.broadcast_dims), x.shape))
+        self.drops.append(PortDrop(window, rate, broadcast, x.shape))
         if len(self.drops) > len(self._masks):  # the original does not drop here, and the difference must show
-            mask = jax.random.bernoulli(jax.random.key(len(self.drops)), 1 - module.rate, x.shape)
+            mask = jax.random.bernoulli(jax.random.key(len(self.drops)), 1 - rate, x.shape)
         else:
             mask = self._masks[len(self.drops) - 1]
-        return jnp.where(mask, x / (1 - module.rate) if module.rate < 1 else x, 0)
+        return jnp.where(mask, x / (1 - rate) if rate < 1 else x, 0)
 
 
 class Free(Tape):
@@ -234,6 +241,12 @@ def _hooked(kind: type) -> type:
         return function(*args, **kwargs) if hook is None else hook(self, function, args, kwargs)
 
     return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+
+
+def train_flags(kind: type, inputs: int, *, train: bool) -> dict[str, bool]:
+    """What a module's call takes behind so many inputs to know its mode, by the names that Flax and others use."""
+    free = list(inspect.signature(kind.__call__).parameters)[1 + inputs :]
+    return {name: value is train for name, value in _TRAIN_FLAGS.items() if name in free}
 
 
 def _modules(module: nnx.Module) -> list[Any]:

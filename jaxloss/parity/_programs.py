@@ -1,5 +1,6 @@
 """The compiled runs of a port: free, and cut, where every layer is fed the inputs of the original."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -67,6 +68,13 @@ class Programs:
         parameters, statistics = self.split(values)
         (loss, aux), gradients = self._free(parameters, inputs, statistics, _arrays(masks))
         return FreeRun(loss, *aux, *gradients)
+
+    def leaves_float64(self, values: Arrays, masks: Sequence[np.ndarray]) -> bool:
+        """Whether a float64 port computes something in fewer digits, forward or backward."""
+        inputs = [self.port.cast(array) for array in self.batch.flax_inputs]
+        parameters, statistics = self.split(values)
+        program = str(self._free.trace(parameters, inputs, statistics, _arrays(masks)).jaxpr)
+        return re.search(r":(f8_\w+|f16|bf16|f32|c64)\[", program) is not None
 
     def _free_loss(self, parameters: Arrays, inputs: Any, statistics: Arrays, masks: Any) -> Any:
         result, after, tape = self.port.run({**parameters, **statistics}, inputs, lambda: Free(self.port.layers, masks))

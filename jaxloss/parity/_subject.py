@@ -12,10 +12,10 @@ from flax import linen, nnx
 
 from jaxloss.parity._batch import Batch, FlaxLoss
 from jaxloss.parity._layout import Layout, Shape, channels_last, same
-from jaxloss.parity._masks import port_mask
-from jaxloss.parity._pairs import Call, CallPair, activation_layout, pair_weights, with_parents
+from jaxloss.parity._masks import Drop, broadcasts, port_mask
+from jaxloss.parity._pairs import Call, CallPair, activation_layouts, nearest, pair_weights, with_parents
 from jaxloss.parity._port import Arrays, Port
-from jaxloss.parity._programs import Programs, abstract_run
+from jaxloss.parity._programs import FreeRun, Programs, abstract_run
 from jaxloss.parity._recording import LayerCall, Recording, Source, State
 from jaxloss.parity._state_dict import ignored
 from jaxloss.parity._tree_port import FunctionPort, LinenPort
@@ -60,13 +60,14 @@ class Subject:
         self._names = names or {}
         self.pairs: list[CallPair] = []
         self.uncalled: dict[Call, str] = {}  # calls of PyTorch's that are not seen in the port, and its layers
+        self.moved: list[str] = []  # layers whose axes the port has in an order that only the numbers tell
         self.misshapen: dict[Call, OutputShapes] = {}  # calls of PyTorch's that return another shape in the port
         self.exact = self.view("float64")
         self.batch.see(self.exact.recording)
         self._pair(self.exact, ignore)
         masks = self.exact.recording.masks
         self._choose_values(self.exact)
-        self.exact.recording.masks = self.port_masks(masks, self.exact.recording)
+        self._choose_layouts(self.exact, masks)
 
     def view(self, dtype: str) -> View:
         """The original's run in a dtype, and a copy of the port in it."""
@@ -121,9 +122,24 @@ class Subject:
         for mask, drop, ours in zip(masks, recording.drops, self.drops, strict=False):
             before, after = recording.calls[: drop.window][-1:], recording.calls[drop.window : drop.window + 1]
             flax_order = any(call.key in flattened for call in after)
-            image = drop.whole_channels or any(map(self._channels_first, before))
-            fitted.append(port_mask(mask, drop, ours, flax_order=flax_order, image=image))
+            orders = self._orders_around(mask, drop, before, after)
+            fitted.append(port_mask(mask, drop, ours, flax_order=flax_order, orders=orders))
         return fitted
+
+    def _orders_around(
+        self, mask: np.ndarray, drop: Drop, before: Sequence[LayerCall], after: Sequence[LayerCall]
+    ) -> list[Shape]:
+        """PyTorch's axes as the port has them in the layers around a dropout, the likeliest order first."""
+        axes = tuple(range(mask.ndim))
+        channels_first = drop.whole_channels or any(map(self._channels_first, before))
+        orders = [(0, *axes[2:], 1)] if channels_first and mask.ndim > 2 else []
+        pairs = {pair.theirs: pair for pair in self.pairs}
+        around = [pairs[call.key].output for call in before if call.key in pairs]
+        around += [layout for call in after if call.key in pairs for layout in pairs[call.key].inputs]
+        fitting = (
+            layout for layout in around if layout.split == layout.shape and broadcasts(mask.shape, layout.merged)
+        )
+        return orders + [tuple(map(layout.order.index, axes)) for layout in fitting]
 
     def lacks_counterpart(self, name: str) -> str:
         """What is wrong with a weight that only the port has."""
@@ -216,12 +232,11 @@ class Subject:
                 self.uncalled[call.key] = layers[call.name]
                 continue
             arrived, left = shapes[key]
-            inputs = [self._layout(call, *both, key) for both in zip(map(np.shape, call.inputs), arrived, strict=False)]
-            output = self._layout(call, call.output.shape, left, key)
-            fitting = [layout for layout in inputs if layout is not None]
-            if len(call.inputs) == len(arrived) == len(fitting):
-                if output:
-                    self.pairs.append(CallPair(call.key, key, fitting, output))
+            inputs = [self._layouts(call, *both, key) for both in zip(call.inputs, arrived, strict=False)]
+            outputs = self._layouts(call, call.output, left, key)
+            if len(call.inputs) == len(arrived) and all(inputs):
+                if outputs:
+                    self.pairs.append(CallPair(call.key, key, [layouts[0] for layouts in inputs], outputs[0]))
                 else:
                     theirs = channels_last(call.output.shape).shape if self._channels_first(call) else call.output.shape
                     self.misshapen[call.key] = OutputShapes(left, theirs)
@@ -263,9 +278,9 @@ class Subject:
                 return layout
         raise ValueError(f"parity: the port's output is {ours}, PyTorch's {theirs}.")
 
-    def _layout(self, call: LayerCall, theirs: Shape, ours: Shape, key: Call) -> Layout | None:
-        return activation_layout(
-            tuple(theirs),
+    def _layouts(self, call: LayerCall, theirs: np.ndarray, ours: Shape, key: Call) -> list[Layout]:
+        return activation_layouts(
+            theirs.shape,
             tuple(ours),
             channels_first=self._channels_first(call),
             feature_map=self.feature_maps.get(key[0]),
@@ -299,6 +314,35 @@ class Subject:
             for name in self._flat_maps(port):
                 if self._arrives_in_torchs_order(name, view):
                     self._forget_feature_map(name, view)
+
+    def _choose_layouts(self, view: View, masks: Sequence[np.ndarray]) -> None:
+        """Where the shapes leave open in which order the port has a layer's axes: as the numbers are nearest."""
+        calls = {call.key: call for call in view.recording.calls}
+        unsettled = [pair for pair in self.pairs if self._is_open(pair, calls[pair.theirs])]
+        while True:
+            view.recording.masks = self.port_masks(masks, view.recording)  # by the layouts so far
+            if not unsettled:
+                return
+            free = view.programs.free(self.values(), view.recording.masks)
+            moved = [pair for pair in unsettled if self._moves(pair, calls[pair.theirs], free)]
+            self.moved += map(self.title, moved)
+            unsettled = [pair for pair in unsettled if moved and pair not in moved]
+
+    def _choices(self, pair: CallPair, call: LayerCall) -> Iterator[tuple[np.ndarray, list[Layout]]]:
+        """PyTorch's array of each input and of the output, and the layouts that it may have in the port."""
+        for array, layout in zip((*call.inputs, call.output), (*pair.inputs, pair.output), strict=True):
+            yield array, self._layouts(call, array, layout.shape, pair.ours)
+
+    def _is_open(self, pair: CallPair, call: LayerCall) -> bool:
+        return any(len(layouts) > 1 for _, layouts in self._choices(pair, call))
+
+    def _moves(self, pair: CallPair, call: LayerCall, free: FreeRun) -> bool:
+        """Gives a call's arrays the layouts in which they are nearest to the port's, and tells whether one is new."""
+        before = [*pair.inputs, pair.output]
+        ours = map(np.asarray, (*free.arrived[pair.ours], free.outputs[pair.ours]))
+        choices = zip(self._choices(pair, call), ours, strict=True)
+        *pair.inputs, pair.output = (nearest(layouts, mine, array) for (array, layouts), mine in choices)
+        return before != [*pair.inputs, pair.output]
 
     def _comes_from_torch(self, name: str, value: Any, view: View) -> bool:
         """Whether a weight is the original's, or made from it; what is constant tells nothing."""

@@ -1,6 +1,5 @@
 """Ports that are no NNX modules: Linen modules with their variables, and plain functions with their parameters."""
 
-import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import SimpleNamespace
@@ -11,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen
 
+from jaxloss.parity._fused import dropping
 from jaxloss.parity._layout import Layout, Shape, permuted, same
-from jaxloss.parity._port import Port, Run, Tape, leaf_layers
+from jaxloss.parity._port import Port, Run, Tape, leaf_layers, train_flags
 from jaxloss.parity.weights import NAMES, Weight, linear_layout
 
-_TRAIN_FLAGS = {"train": True, "training": True, "is_training": True, "deterministic": False}
 _STATISTICS = ("batch_stats",)
 _SHORT = {"w": "weight", "b": "bias"}
 
@@ -94,8 +93,7 @@ class LinenPort(FunctionPort):
     ) -> None:
         """Runs it once, abstractly, to see its layers."""
         self._module, self._told = module, told
-        known = inspect.signature(type(module).__call__).parameters
-        self._flags: dict[str, Any] = {name: value is train for name, value in _TRAIN_FLAGS.items() if name in known}
+        self._flags: dict[str, Any] = train_flags(type(module), len(inputs), train=train)
         super().__init__(module.apply, variables, dtype)
         self._collections = [path[0] for path, _ in self._leaves]
         self._leaves = [(path[1:], leaf) for path, leaf in self._leaves]
@@ -114,6 +112,9 @@ class LinenPort(FunctionPort):
             if context.method_name != "__call__" or (not context.module.path and self.layers != [""]):
                 return function(*args, **kwargs)
             _set_dtype(context.module, self.dtype, self._told)
+            if getattr(context.module, "attention_fn", None) is linen.dot_product_attention:
+                own = dropping(linen.dot_product_attention, linen.dot_product_attention_weights, lambda: hook)
+                object.__setattr__(context.module, "attention_fn", own)
             return hook.call(".".join(context.module.path), context.module, function, args, kwargs)
 
         with linen.intercept_methods(intercept):
@@ -157,8 +158,10 @@ def _set_dtype(module: linen.Module, dtype: jax.typing.DTypeLike, told: Collecti
 
 def _leaf_layout(module: Any, attribute: str, shape: Shape, feature_map: Shape) -> Layout:
     """By the layer if it is known, else by the names and shapes that JAX programs use."""
+    if attribute in ("bias", "b") and (feature_map or isinstance(module, linen.DenseGeneral)):
+        return _bias_layout(shape, feature_map)
     if attribute not in ("kernel", "w"):
-        return _bias_layout(shape, feature_map) if attribute in ("bias", "b") and feature_map else same(shape)
+        return same(shape)
     if isinstance(module, linen.DenseGeneral):
         count = len(module.axis) if isinstance(module.axis, Sequence) else 1
         return _dense(shape[:count], shape[count:], shape, feature_map)
