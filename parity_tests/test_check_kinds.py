@@ -211,3 +211,20 @@ def test_an_input_of_the_name_of_a_mode_stays_an_input(parity):
             return self.b(torch.relu(self.a(x)) * factor)
 
     parity.check(Original(), Given(), (torch.randn(8, 6), torch.randn(8, 16)), losses=None)
+
+
+def test_a_mask_that_leaves_nothing_out_tells_nothing():
+    class Original(nn.Linear):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * mask[:, None]
+
+    class Port(nnx.Linear):
+        def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+            return super().__call__(x)
+
+    original = Original(4, 3)
+    port = load_torch(Port(4, 3, rngs=nnx.Rngs(0)), original.state_dict())
+    for mask, ok in ((torch.ones(5, dtype=torch.long), True), (torch.arange(5) % 2, False)):
+        report = parity.check(original, port, (torch.randn(5, 4), mask), losses=None, steps=0, dtypes=["float64"])
+        assert report.ok is ok
+        assert any("Nothing can be told from input 1" in note for note in report.notes) is ok

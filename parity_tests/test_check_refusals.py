@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -130,6 +131,22 @@ def test_module_that_raises_passes_its_error_on(side):
     module, port = (Original(4, 3), port) if side == "torch" else (module, Port(4, 3, rngs=nnx.Rngs(0)))
     with pytest.raises(RuntimeError, match=f"from the {'original' if side == 'torch' else 'port'}"):
         parity.check(module, port, torch.randn(5, 4))
+
+
+def test_original_that_cannot_run_in_float64_says_where_it_leaves_it():
+    class Original(nn.Linear):
+        def forward(self, times: torch.Tensor) -> torch.Tensor:
+            angles = times[:, None].float() * torch.arange(2, dtype=torch.float32)
+            return super().forward(torch.cat([angles.sin(), angles.cos()], -1))
+
+    class Port(nnx.Linear):
+        def __call__(self, times: jax.Array) -> jax.Array:
+            angles = times[:, None] * jnp.arange(2)
+            return super().__call__(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1))
+
+    with pytest.raises(TypeError, match=r"fewer digits by itself in float, arange\. Take the dtype") as caught:
+        parity.check(Original(4, 3), Port(4, 3, rngs=nnx.Rngs(0)), torch.arange(5), losses=None)
+    assert "same dtype" in str(caught.value)
 
 
 def test_other_shapes_are_an_error():

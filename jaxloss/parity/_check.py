@@ -206,9 +206,13 @@ def _compare_pieces(findings: Findings, subject: Subject, view: View, cut: CutRu
     again = {subject.title(pair) for pair in subject.pairs if names.count(pair.theirs[0]) > 1}
     seen: set[str] = set()
     untold: list[str] = []
-    several = [array for array in subject.source.inputs if array.size > 1]
-    if several and all(map(is_constant, several)):
+    several = [i for i, array in enumerate(subject.source.inputs) if array.size > 1]
+    constant = [i for i in several if is_constant(subject.source.inputs[i])]
+    if several and constant == several:
         findings.fail(subject.places[0], "input", "is one number everywhere: nothing can be told from it")
+    elif constant:
+        told = f"Nothing can be told from input {' and input '.join(map(str, constant))}, one number everywhere"
+        findings.notes.append(f"{told} (a mask that leaves nothing out?): give it several.")
     titles = {subject.title(pair): pair.ours[0] for pair in subject.pairs}
     layers = dict.fromkeys(name.rpartition(".")[0] for name in subject.weight_pairs)
     for layer in [layer for layer in layers if layer not in titles.values()]:

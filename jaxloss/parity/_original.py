@@ -88,7 +88,16 @@ class Original:
         """Runs the module, and records its layers."""
         calls: list[LayerCall] = []
         with isolated(self.dtype), self._recorded(calls, functions), functions:
-            outputs = self.module(*inputs)
+            try:
+                outputs = self.module(*inputs)
+            except RuntimeError as error:
+                if self.dtype is not torch.float64 or not functions.rounded:
+                    raise
+                raise TypeError(
+                    "parity: the PyTorch module does not run in float64, where it is compared: it makes fewer digits "
+                    f"by itself in {', '.join(functions.rounded)}. Take the dtype of an input or a weight there, with "
+                    f"dtype=x.dtype or .to(x.dtype). ({error})"
+                ) from error
         if not isinstance(outputs, Tensor):
             raise TypeError(f"parity: the PyTorch module returned a {type(outputs).__name__}, expected one tensor.")
         if outputs.is_complex():
@@ -260,7 +269,9 @@ class Functions(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not torch.equal(before, torch.get_rng_state()):
             self.random[name] = None
-        if _rounded(result) and not any(map(_rounded, (*args, *kwargs.values()))):
+        given = [*args, *kwargs.values()]
+        given += [part for each in given if isinstance(each, list | tuple) for part in each]
+        if _rounded(result) and not any(map(_rounded, given)):
             self.rounded[name] = None
         if isinstance(result, Tensor) and args and isinstance(args[0], Tensor):
             source = args[0].shape

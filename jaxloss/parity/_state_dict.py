@@ -51,7 +51,21 @@ def read_state_dict(
 
 
 def ignored(patterns: Collection[str], names: Collection[str], where: str = "the state_dict") -> set[str]:
-    """The names that fit a pattern, and those of `num_batches_tracked`, which Flax does not have.
+    """The names that fit a pattern, and those of `num_batches_tracked`, which Flax does not have."""
+    counters = (name for name in names if name.rpartition(".")[2] == "num_batches_tracked")
+    return {*_fitting("ignore", patterns, names, where), *counters}
+
+
+def transpose(arrays: Mapping[str, np.ndarray], patterns: Collection[str]) -> dict[str, np.ndarray]:
+    """The arrays, of which the matrices whose names fit a pattern are transposed."""
+    names = _fitting("transposed", patterns, arrays, "the state_dict")
+    if others := [name for name in arrays if name in names and arrays[name].ndim != 2]:
+        raise ValueError(f"transposed: {', '.join(others)} is no matrix.")
+    return {name: array.T if name in names else array for name, array in arrays.items()}
+
+
+def _fitting(option: str, patterns: Collection[str], names: Collection[str], where: str) -> set[str]:
+    """The names that fit a pattern.
 
     Raises:
         ValueError: a pattern fits no name; it says where there is none, and which are the closest.
@@ -60,11 +74,10 @@ def ignored(patterns: Collection[str], names: Collection[str], where: str = "the
     if unused := [pattern for pattern, fitting in found.items() if not fitting]:
         closest = itertools.chain(*(difflib.get_close_matches(pattern, names, cutoff=0) for pattern in unused))
         raise ValueError(
-            f"ignore: there is no {', '.join(unused)} in {where}. The closest names are "
+            f"{option}: there is no {', '.join(unused)} in {where}. The closest names are "
             f"{', '.join(dict.fromkeys(closest))}."
         )
-    counters = (name for name in names if name.rpartition(".")[2] == "num_batches_tracked")
-    return {*itertools.chain(*found.values()), *counters}
+    return {*itertools.chain(*found.values())}
 
 
 def _read_file(path: Path) -> Any:

@@ -1,7 +1,7 @@
 """A module, its port, and what of the one belongs to what of the other."""
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from jaxloss.parity._programs import FreeRun, Programs, abstract_run
 from jaxloss.parity._recording import LayerCall, Recording, Source, State
 from jaxloss.parity._state_dict import ignored
 from jaxloss.parity._tree_port import FunctionPort, LinenPort
-from jaxloss.parity.weights import Names, check_names
+from jaxloss.parity.weights import Names, Weight, check_names
 
 ENOUGH = 200  # elements from which a spread can be told
 
@@ -60,6 +60,7 @@ class Subject:
         self._names = names or {}
         self.pairs: list[CallPair] = []
         self.uncalled: dict[Call, str] = {}  # calls of PyTorch's that are not seen in the port, and its layers
+        self.turned: set[str] = set()  # weights that the port has the other way round than is usual
         self.moved: list[str] = []  # layers whose axes the port has in an order that only the numbers tell
         self.misshapen: dict[Call, OutputShapes] = {}  # calls of PyTorch's that return another shape in the port
         self.exact = self.view("float64")
@@ -73,7 +74,7 @@ class Subject:
         """The original's run in a dtype, and a copy of the port in it."""
         recording, state = self.source.recording(dtype), self.source.state
         port = self._port(jnp.dtype(dtype), state.keys())
-        port.set_flatten(self._flat_maps(port))
+        self._lay_out(port)
         if self.pairs:
             recording.masks = self.port_masks(recording.masks, recording)
         return View(recording, state, port, Programs(port, self.batch, self.pairs))
@@ -207,10 +208,12 @@ class Subject:
         unwanted = ignored(ignore, [*view.state, *view.state.tied, *untrained], where)
         state = {name: shape for name, shape in view.state.shapes.items() if name not in unwanted}
         names = {mine: view.state.tied.get(theirs, theirs) for mine, theirs in self._names.items()}
+        self._turn(port, self._turned_by_shape(port, names, state))
         ours = {name: weight.layout.merged for name, weight in port.weights.items() if name not in unwanted & untrained}
         check_names(names, ours, state)
         order = with_parents([name for name, _ in shapes], ours), [call.name for call in recording.calls]
         self.weight_pairs = pair_weights(ours, state, *order, given=names)
+        self._turn(port, self._turned_by_value(view))
         self.mismatched = [
             (mine, f"has shape {ours[mine]}, PyTorch's {state[theirs]}")
             for mine, theirs in self.weight_pairs.items()
@@ -243,6 +246,56 @@ class Subject:
         self.uncompared = sorted({name for name, _ in shapes} - {pair.ours[0] for pair in self.pairs})
         self.batch.layout = self._output_layout(recording, result)
 
+    def _lay_out(self, port: Port) -> None:
+        """Says how the port has its weights, as far as it is known."""
+        port.set_flatten(self._flat_maps(port))
+        for name in self.turned:
+            port.weights[name] = port.weights[name].turned()
+
+    def _turn(self, port: Port, names: Iterable[str]) -> None:
+        self.turned |= set(names)
+        self._lay_out(port)
+
+    def _may_be_turned(self, weight: Weight, theirs: str) -> bool:
+        """Whether a matrix may be the other way round: nothing is known of it in one of the frameworks."""
+        if len(weight.variable.shape) != 2 or not isinstance(weight.layer, nnx.Linear | linen.Dense | None):
+            return False
+        return weight.layer is None or not self._is_linear(theirs)
+
+    def _is_linear(self, theirs: str) -> bool:
+        """Whether PyTorch's weight is known to be (outputs, inputs)."""
+        module = self.source.modules.get(theirs.rpartition(".")[0])
+        return module is not None and {"in_features", "out_features"} <= module.attributes.keys()
+
+    def _turned_by_shape(self, port: Port, names: Names, state: Mapping[str, Shape]) -> Iterator[str]:
+        """The port's matrices that have PyTorch's shape if they are turned, and only then."""
+        for name, weight in port.weights.items():
+            theirs, shape = names.get(name, name), weight.layout.merged
+            shapes = [state[theirs]] if theirs in state else state.values() if weight.layer is None else ()
+            if self._may_be_turned(weight, theirs) and shape not in shapes and shape[::-1] in shapes:
+                yield name
+
+    def _turned_by_value(self, view: View) -> Iterator[str]:
+        """Square ones that hold PyTorch's numbers if they are turned; of others, those whose like are turned."""
+        kinds = {self._kind(self.weight_pairs.get(name, "")) for name in self.turned} - {None}
+        for mine, theirs in self.weight_pairs.items():
+            weight = view.port.weights[mine]
+            if not self._may_be_turned(weight, theirs) or len({*weight.variable.shape}) != 1:
+                continue
+            ours, state = np.asarray(weight.variable.get_value()), view.state[theirs]
+            usual, turned = (np.array_equal(ours, each.layout.to_flax(state)) for each in (weight, weight.turned()))
+            plain = weight.layout == same(weight.variable.shape)
+            if weight.layer is None:
+                turned |= not usual and plain and self._is_linear(theirs)
+            else:
+                turned |= self._kind(theirs) in kinds
+            if turned:
+                yield mine
+
+    def _kind(self, theirs: str) -> str | None:
+        module = self.source.modules.get(theirs.rpartition(".")[0])
+        return module and module.kind
+
     def _trained_otherwise(self, view: View) -> Iterator[tuple[str, str]]:
         """Weights that one framework trains and the other does not."""
         for mine, theirs in self.weight_pairs.items():
@@ -254,16 +307,16 @@ class Subject:
 
     def _find_feature_maps(self, recording: Recording, layers: Mapping[str, str], port: Port) -> None:
         """Where PyTorch flattens a feature map before a linear layer, one by one: some are none for the port."""
-        port.set_flatten(self._flat_maps(port))
+        self._lay_out(port)
         for (name, _), feature_map in recording.flattened.items():
             layer = layers.get(name)
             if layer is not None and layer not in self.feature_maps:
                 self.feature_maps[layer] = feature_map
                 try:
-                    port.set_flatten(self._flat_maps(port))
+                    self._lay_out(port)
                 except ValueError:  # what was flattened is a sequence, or has its channels last
                     del self.feature_maps[layer]
-        port.set_flatten(self._flat_maps(port))
+        self._lay_out(port)
 
     def _output_layout(self, recording: Recording, ours: Shape) -> Layout:
         """The same, or with the channels last; nothing else is the same output."""
@@ -377,7 +430,7 @@ class Subject:
 
     def _forget_feature_map(self, name: str, view: View) -> None:
         del self.feature_maps[name]
-        view.port.set_flatten(self._flat_maps(view.port))
+        self._lay_out(view.port)
         for pair in self.pairs:
             if pair.ours[0] == name:
                 pair.inputs = [same(pair.inputs[0].shape)]

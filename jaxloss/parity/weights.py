@@ -14,7 +14,7 @@ from jaxloss.parity._compare import is_constant
 from jaxloss.parity._fused import OUT, PARTS, Joined, fused, fused_paths
 from jaxloss.parity._layout import Layout, Shape, permuted, same
 from jaxloss.parity._pairs import guesses, kept_otherwise, pair_weights
-from jaxloss.parity._state_dict import read_state_dict
+from jaxloss.parity._state_dict import read_state_dict, transpose
 
 Module = TypeVar("Module", bound=nnx.Module)
 FeatureMaps = Mapping[str, Sequence[int]]
@@ -29,6 +29,7 @@ def load_torch(
     flatten: FeatureMaps | None = None,
     names: Names | None = None,
     ignore: Collection[str] = (),
+    transposed: Collection[str] = (),
 ) -> Module:
     """Copies a PyTorch state_dict into a Flax NNX module.
 
@@ -57,6 +58,8 @@ def load_torch(
         names: PyTorch's names by the module's, for the weights that would be paired otherwise; `weight_map` returns
             them all.
         ignore: names in the state_dict that the module does not need, like a causal mask; or patterns, `"*.mask"`.
+        transposed: names in the state_dict, or patterns, of matrices that PyTorch keeps as (inputs, outputs): those of
+            Hugging Face's `Conv1D`, `["*.c_attn.weight", "*.c_proj.weight", "*.c_fc.weight"]` of GPT-2.
 
     Returns:
         The same module. The weights are copies, with the state_dict's dtypes whatever the module's were. (An
@@ -86,7 +89,7 @@ def load_torch(
             f"load_torch: the module is a {type(module).__name__}, expected an nnx.Module. (A Linen module's weights "
             "are variables of its own: check copies PyTorch's for the comparison.)"
         )
-    arrays = read_state_dict(state_dict, ignore)
+    arrays = transpose(read_state_dict(state_dict, ignore), transposed)
     weights = weights_of(module, flatten, arrays, names or {})
     pairs = _pairs(weights, arrays, names)
     _check_fit(type(module).__name__, weights, arrays, pairs)
@@ -112,6 +115,7 @@ def weight_map(
     flatten: FeatureMaps | None = None,
     names: Names | None = None,
     ignore: Collection[str] = (),
+    transposed: Collection[str] = (),
 ) -> dict[str, str]:
     """Returns what `load_torch` would copy where: PyTorch's names by the module's, as far as they can be paired.
 
@@ -121,6 +125,7 @@ def weight_map(
         flatten: does not change the pairs.
         names: kept as they are.
         ignore: left out.
+        transposed: see `load_torch`.
 
     Returns:
         A dict that can be changed and given to `load_torch` and `to_torch` as `names`.
@@ -136,12 +141,16 @@ def weight_map(
         >>> weight_map(module, {"head.weight": np.zeros((1, 2))})
         {'0.weight': 'head.weight'}
     """
-    arrays = read_state_dict(state_dict, ignore)
+    arrays = transpose(read_state_dict(state_dict, ignore), transposed)
     return _pairs(weights_of(module, flatten, arrays, names or {}), arrays, names)
 
 
 def to_torch(
-    module: nnx.Module, *, flatten: FeatureMaps | None = None, names: Names | None = None
+    module: nnx.Module,
+    *,
+    flatten: FeatureMaps | None = None,
+    names: Names | None = None,
+    transposed: Collection[str] = (),
 ) -> dict[str, np.ndarray]:
     """Returns the weights of a Flax NNX module as a PyTorch state_dict, in NumPy: the inverse of `load_torch`.
 
@@ -150,13 +159,15 @@ def to_torch(
         flatten: see `load_torch`.
         names: PyTorch's names by the module's, where the two differ; see `weight_map`. An nnx.MultiHeadAttention
             becomes PyTorch's, with query, key and value in one tensor, unless `names` has them apart.
+        transposed: see `load_torch`.
 
     Returns:
         Copies in PyTorch's layouts and the module's dtypes, by PyTorch's names. `safetensors.numpy.save_file` writes
         them all; `torch.from_numpy` does not know NumPy's bfloat16.
 
     Raises:
-        ValueError: `flatten` is needed or impossible; `names` has an unknown name, or gives one to two weights.
+        ValueError: `flatten` is needed or impossible; `names` or `transposed` has an unknown name, or `names` gives one
+            to two weights.
 
     Examples:
         >>> from flax import nnx
@@ -174,9 +185,9 @@ def to_torch(
         theirs = names.get(name, name)
         if sources.setdefault(theirs, weight.key) != weight.key:
             raise ValueError(f"names: {theirs} would be two weights, one of them {name}.")
-        # Contiguous, because safetensors writes the wrong elements of an array that is not.
-        entries[theirs] = np.array(weight.layout.to_torch(np.asarray(weight.variable.get_value())), order="C")
-    return entries
+        entries[theirs] = weight.layout.to_torch(np.asarray(weight.variable.get_value()))
+    # Contiguous, because safetensors writes the wrong elements of an array that is not.
+    return {name: np.array(array, order="C") for name, array in transpose(entries, transposed).items()}
 
 
 Linear = nnx.Linear | nnx.LinearGeneral
@@ -207,6 +218,11 @@ class Weight(NamedTuple):
     def parts(self) -> Sequence[Any]:
         """The variables that it is made of."""
         return self.variable.variables if isinstance(self.variable, Joined) else (self.variable,)
+
+    def turned(self) -> "Weight":
+        """The same matrix, of which PyTorch has the transpose of what the layout says."""
+        shape = self.variable.shape
+        return self._replace(layout=permuted(shape, (1, 0)) if self.layout == same(shape) else same(shape))
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -431,13 +447,14 @@ def _is_tied(a: np.ndarray, b: np.ndarray) -> bool:
 
 def _check_fit(module: str, weights: Weights, arrays: Mapping[str, np.ndarray], pairs: Names) -> None:
     """Raises one error that lists everything wrong."""
-    shapes, dtypes, tied = [], [], []
+    shapes, turned, dtypes, tied = [], [], [], []
     first_names: dict[tuple[int, ...], str] = {}
     for name, theirs in sorted(pairs.items()):
         layout, array = weights[name].layout, arrays[theirs]
         first = first_names.setdefault(weights[name].key, theirs)
         if array.shape != layout.merged:
             shapes.append(f"{theirs} is {array.shape}, expected {layout.merged}")
+            turned += [theirs] if array.ndim == 2 and array.shape == layout.merged[::-1] else []
         elif jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
             dtypes.append(f"{theirs} is {array.dtype}")
         elif theirs != first and array.tobytes() != arrays[first].tobytes():
@@ -450,6 +467,11 @@ def _check_fit(module: str, weights: Weights, arrays: Mapping[str, np.ndarray], 
         "one variable in the module but different in the state_dict": tied,
     }
     lines = [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]
+    if turned:
+        lines.append(
+            f"If PyTorch keeps {', '.join(turned)} as (inputs, outputs), as Hugging Face's Conv1D does, pass these and "
+            "the square ones of the kind as transposed=[...]."
+        )
     lines += dict.fromkeys(filter(None, map(kept_otherwise, faults["unexpected"])))
     for name in faults["unexpected"]:
         if twin := next((theirs for theirs in pairs.values() if _is_tied(arrays[name], arrays[theirs])), None):
