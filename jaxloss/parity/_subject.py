@@ -19,7 +19,8 @@ from jaxloss.parity._programs import FreeRun, Programs, abstract_run
 from jaxloss.parity._recording import LayerCall, Recording, Source, State
 from jaxloss.parity._state_dict import ignored
 from jaxloss.parity._tree_port import FunctionPort, LinenPort
-from jaxloss.parity.weights import Names, Weight, check_names
+from jaxloss.parity._turned import turned_by_shape, turned_by_value
+from jaxloss.parity.weights import Names, check_names
 
 ENOUGH = 200  # elements from which a spread can be told
 
@@ -208,12 +209,12 @@ class Subject:
         unwanted = ignored(ignore, [*view.state, *view.state.tied, *untrained], where)
         state = {name: shape for name, shape in view.state.shapes.items() if name not in unwanted}
         names = {mine: view.state.tied.get(theirs, theirs) for mine, theirs in self._names.items()}
-        self._turn(port, self._turned_by_shape(port, names, state))
+        self._turn(port, turned_by_shape(port.weights, self.source.modules, names, state))
         ours = {name: weight.layout.merged for name, weight in port.weights.items() if name not in unwanted & untrained}
         check_names(names, ours, state)
         order = with_parents([name for name, _ in shapes], ours), [call.name for call in recording.calls]
         self.weight_pairs = pair_weights(ours, state, *order, given=names)
-        self._turn(port, self._turned_by_value(view))
+        self._turn(port, turned_by_value(port.weights, self.source.modules, self.weight_pairs, view.state, self.turned))
         self.mismatched = [
             (mine, f"has shape {ours[mine]}, PyTorch's {state[theirs]}")
             for mine, theirs in self.weight_pairs.items()
@@ -255,46 +256,6 @@ class Subject:
     def _turn(self, port: Port, names: Iterable[str]) -> None:
         self.turned |= set(names)
         self._lay_out(port)
-
-    def _may_be_turned(self, weight: Weight, theirs: str) -> bool:
-        """Whether a matrix may be the other way round: nothing is known of it in one of the frameworks."""
-        if len(weight.variable.shape) != 2 or not isinstance(weight.layer, nnx.Linear | linen.Dense | None):
-            return False
-        return weight.layer is None or not self._is_linear(theirs)
-
-    def _is_linear(self, theirs: str) -> bool:
-        """Whether PyTorch's weight is known to be (outputs, inputs)."""
-        module = self.source.modules.get(theirs.rpartition(".")[0])
-        return module is not None and {"in_features", "out_features"} <= module.attributes.keys()
-
-    def _turned_by_shape(self, port: Port, names: Names, state: Mapping[str, Shape]) -> Iterator[str]:
-        """The port's matrices that have PyTorch's shape if they are turned, and only then."""
-        for name, weight in port.weights.items():
-            theirs, shape = names.get(name, name), weight.layout.merged
-            shapes = [state[theirs]] if theirs in state else state.values() if weight.layer is None else ()
-            if self._may_be_turned(weight, theirs) and shape not in shapes and shape[::-1] in shapes:
-                yield name
-
-    def _turned_by_value(self, view: View) -> Iterator[str]:
-        """Square ones that hold PyTorch's numbers if they are turned; of others, those whose like are turned."""
-        kinds = {self._kind(self.weight_pairs.get(name, "")) for name in self.turned} - {None}
-        for mine, theirs in self.weight_pairs.items():
-            weight = view.port.weights[mine]
-            if not self._may_be_turned(weight, theirs) or len({*weight.variable.shape}) != 1:
-                continue
-            ours, state = np.asarray(weight.variable.get_value()), view.state[theirs]
-            usual, turned = (np.array_equal(ours, each.layout.to_flax(state)) for each in (weight, weight.turned()))
-            plain = weight.layout == same(weight.variable.shape)
-            if weight.layer is None:
-                turned |= not usual and plain and self._is_linear(theirs)
-            else:
-                turned |= self._kind(theirs) in kinds
-            if turned:
-                yield mine
-
-    def _kind(self, theirs: str) -> str | None:
-        module = self.source.modules.get(theirs.rpartition(".")[0])
-        return module and module.kind
 
     def _trained_otherwise(self, view: View) -> Iterator[tuple[str, str]]:
         """Weights that one framework trains and the other does not."""
