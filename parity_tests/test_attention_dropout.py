@@ -163,3 +163,39 @@ def test_what_pytorch_drops_is_what_the_masks_say(mask: torch.Tensor | None, nee
     weights = scores.softmax(-1) * torch.tensor(kept.reshape(scores.shape)) / 0.6
     expected = layer.out_proj((weights @ value).transpose(1, 2).flatten(2))
     np.testing.assert_allclose(found.detach().numpy(), expected.detach().numpy(), rtol=1e-12, atol=1e-14)
+
+
+def test_attention_without_a_batch_or_heads_drops_too(parity):
+    class Original(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = super().forward(x)
+            return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5 * self.training)
+
+    class Port(nnx.Linear):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = super().__call__(x)
+            return self.dropout(jax.nn.softmax(x @ x.T / 2)) @ x
+
+    port = Port(4, 4, rngs=nnx.Rngs(0))
+    port.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    parity.check(randomise(Original(4, 4)), port, BATCH[0, :, :4], losses=None, **TRAIN)
+
+
+@pytest.mark.parametrize("attribute", [False, True])
+def test_linens_attention_alone_takes_the_masks(attribute: bool, parity):
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            parts = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+            attended = F.scaled_dot_product_attention(*parts, dropout_p=0.3 * self.training)
+            return self.out(attended.transpose(1, 2).flatten(2))
+
+    options = {"dropout_rate": 0.3, "broadcast_dropout": False}
+    variables = linen.MultiHeadDotProductAttention(2, deterministic=True).init(
+        jax.random.key(0), jnp.zeros(BATCH.shape)
+    )
+    port = linen.MultiHeadDotProductAttention(2, **options, deterministic=False if attribute else None)
+    parity.check(randomise(Original()), (port, variables), BATCH, losses=None, **TRAIN)

@@ -159,3 +159,31 @@ def test_another_order_is_taken_only_where_the_numbers_are_far_nearer():
     assert activation_layouts((3, 4, 6), (3, 6, 2, 2))[0].split == (3, 4, 6)
     assert activation_layouts((3, 4, 6), (3, 6, 3)) == []
     assert activation_layouts((), ()) == [same(())]
+
+
+def test_a_forgotten_transposition_is_no_other_order_of_the_layer_after_it():
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.tokens = nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.tokens(self.norm(x).transpose(1, 2)).transpose(1, 2)
+
+    class Port(nnx.Module):
+        def __init__(self, *, forgot: bool) -> None:
+            rngs, self.forgot = nnx.Rngs(0), forgot
+            self.norm, self.tokens = nnx.LayerNorm(4, epsilon=1e-5, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            y = self.norm(x)
+            y = self.tokens(y if self.forgot else y.swapaxes(1, 2))
+            return x + (y if self.forgot else y.swapaxes(1, 2))
+
+    original, batch = randomise(Mixer()), torch.randn(3, 4, 4)
+    for forgot in (False, True):
+        port = load_torch(Port(forgot=forgot), original.state_dict())
+        report = parity.check(original, port, batch, losses=None, **QUICK)
+        assert report.ok is not forgot
+    assert report.first_divergence.place == "between norm and tokens"
+    assert "transposition is missing" in report.first_divergence.diagnosis

@@ -1,6 +1,7 @@
 """Dropout that only one framework has, and random numbers that the port cannot be given."""
 
 import jax
+import pytest
 import torch
 from flax import nnx
 from torch import nn
@@ -145,3 +146,28 @@ def test_dropout_a_call_later_is_no_reason_for_what_has_another():
 
     report = parity.check(Original(), Port(nnx.Rngs(0)), torch.randn(5, 4), train=True, steps=0, dtypes=["float64"])
     assert "gelu with approximate=True where PyTorch applies silu" in report.first_divergence.diagnosis
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_mask_of_rows_fits_tokens_and_the_reverse(flat: bool, parity):
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.relu(self.a(x))
+            shape = (-1, 6) if flat else y.shape
+            return self.b(nn.functional.dropout(y.reshape(shape), 0.5, self.training).reshape(y.shape))
+
+    class Port(nnx.Module):
+        def __init__(self) -> None:
+            rngs = nnx.Rngs(0)
+            self.a, self.b = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            y = nnx.relu(self.a(x))
+            return self.b(self.dropout(y if flat else y.reshape(-1, 6)).reshape(y.shape))
+
+    parity.check(Original(), Port(), torch.randn(3, 5, 4), losses=None, train=True)

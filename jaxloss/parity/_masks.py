@@ -1,5 +1,7 @@
 """What dropout kept in PyTorch, laid out as the port drops."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,9 +39,12 @@ def port_mask(mask: np.ndarray, drop: Drop, ours: PortDrop, *, flax_order: bool,
         orders: PyTorch's axes in the port's order, as the layers around have them, the likeliest first.
     """
     candidates = _candidates(mask, drop, len(ours.shape), flax_order=flax_order, orders=orders)
-    if mask.ndim == 3 and len(ours.shape) == 4 and mask.size == np.prod(ours.shape):
-        candidates = [mask.reshape(ours.shape)]  # attention of (batch times heads, queries, keys)
     fitting = [each for each in candidates if broadcasts(each.shape, ours.shape)]
+    if not fitting and sorted(mask.shape) == sorted(ours.shape):
+        turned = (mask.transpose(order) for order in itertools.permutations(range(mask.ndim)))
+        fitting = [each for each in turned if each.shape == ours.shape]
+    elif not fitting and mask.size == math.prod(ours.shape):  # as of (batch times heads, queries, keys)
+        fitting = [mask.reshape(ours.shape)]
     broadcast = {axis % len(ours.shape) for axis in ours.broadcast}
     random = np.random.default_rng(0).random(ours.shape) < 0.5  # differs from any other, as it must where nothing fits
     if not fitting:

@@ -352,8 +352,9 @@ class Functions(TorchFunctionMode):
             _, weights = torch.ops.aten._scaled_dot_product_attention_math(
                 query, key, value, attn_mask, 0.0, is_causal, **options
             )
-            groups = weights.shape[-3] // value.shape[-3] if weights.ndim > 3 else 1
-            return _kept(weights, dropout_p, mask) @ value.repeat_interleave(groups, -3)
+            groups = weights.shape[-3] // value.shape[-3] if weights.ndim > 2 else 1
+            values = value.repeat_interleave(groups, -3) if groups > 1 else value
+            return _kept(weights, dropout_p, mask) @ values
 
         return scaled_dot_product_attention
 

@@ -22,6 +22,7 @@ from jaxloss.parity._tree_port import FunctionPort, LinenPort
 from jaxloss.parity._turned import turned_by_shape, turned_by_value
 from jaxloss.parity.weights import Names, check_names
 
+_LAST_AXIS = ("Embedding", "LayerNorm", "Linear", "RMSNorm")  # PyTorch's classes whose features are there
 ENOUGH = 200  # elements from which a spread can be told
 
 
@@ -343,9 +344,17 @@ class Subject:
             unsettled = [pair for pair in unsettled if moved and pair not in moved]
 
     def _choices(self, pair: CallPair, call: LayerCall) -> Iterator[tuple[np.ndarray, list[Layout]]]:
-        """PyTorch's array of each input and of the output, and the layouts that it may have in the port."""
+        """PyTorch's array of each input and of the output, and the layouts that it may have in the port.
+
+        Those in which the layer would not compute along PyTorch's axis are none, or its mistake would seem another's.
+        """
         for array, layout in zip((*call.inputs, call.output), (*pair.inputs, pair.output), strict=True):
-            yield array, self._layouts(call, array, layout.shape, pair.ours)
+            usual, *others = self._layouts(call, array, layout.shape, pair.ours)
+            if self._channels_first(call):
+                others = []
+            elif self.source.modules[call.name].kind in _LAST_AXIS and array.dtype.kind == "f":
+                others = [other for other in others if other.order[-1] == len(other.order) - 1]
+            yield array, [usual, *others]
 
     def _is_open(self, pair: CallPair, call: LayerCall) -> bool:
         return any(len(layouts) > 1 for _, layouts in self._choices(pair, call))

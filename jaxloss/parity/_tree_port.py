@@ -93,7 +93,11 @@ class LinenPort(FunctionPort):
     ) -> None:
         """Runs it once, abstractly, to see its layers."""
         self._module, self._told = module, told
-        self._flags: dict[str, Any] = train_flags(type(module), len(inputs), train=train)
+        flags = train_flags(type(module), len(inputs), train=train)
+        # A module refuses to be told by its call what its attribute says.
+        self._flags: dict[str, Any] = {
+            name: flag for name, flag in flags.items() if getattr(module, name, None) is None
+        }
         super().__init__(module.apply, variables, dtype)
         self._collections = [path[0] for path, _ in self._leaves]
         self._leaves = [(path[1:], leaf) for path, leaf in self._leaves]
@@ -109,12 +113,12 @@ class LinenPort(FunctionPort):
 
     def _run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: Tape) -> Run:
         def intercept(function: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-            if context.method_name != "__call__" or (not context.module.path and self.layers != [""]):
-                return function(*args, **kwargs)
-            _set_dtype(context.module, self.dtype, self._told)
             if getattr(context.module, "attention_fn", None) is linen.dot_product_attention:
                 own = dropping(linen.dot_product_attention, linen.dot_product_attention_weights, lambda: hook)
                 object.__setattr__(context.module, "attention_fn", own)
+            if context.method_name != "__call__" or (not context.module.path and self.layers != [""]):
+                return function(*args, **kwargs)
+            _set_dtype(context.module, self.dtype, self._told)
             return hook.call(".".join(context.module.path), context.module, function, args, kwargs)
 
         with linen.intercept_methods(intercept):
