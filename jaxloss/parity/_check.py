@@ -211,8 +211,10 @@ def _compare_pieces(findings: Findings, subject: Subject, view: View, cut: CutRu
     if several and constant == several:
         findings.fail(subject.places[0], "input", "is one number everywhere: nothing can be told from it")
     elif constant:
-        told = f"Nothing can be told from input {' and input '.join(map(str, constant))}, one number everywhere"
-        findings.notes.append(f"{told} (a mask that leaves nothing out?): give it several.")
+        which = " and input ".join(map(str, constant))
+        findings.notes.append(
+            f"One number everywhere in input {which} (a mask that leaves nothing out?): give several, or it is untold."
+        )
     titles = {subject.title(pair): pair.ours[0] for pair in subject.pairs}
     layers = dict.fromkeys(name.rpartition(".")[0] for name in subject.weight_pairs)
     for layer in [layer for layer in layers if layer not in titles.values()]:

@@ -1,4 +1,4 @@
-"""Attention's weights as PyTorch's MultiheadAttention keeps them: query, key and value in one tensor."""
+"""Attention as PyTorch's MultiheadAttention has it: query, key and value in one tensor, float64, and its dropout."""
 
 import inspect
 import itertools
