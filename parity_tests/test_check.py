@@ -309,8 +309,13 @@ def test_an_error_of_float32s_size_is_float32s_only_if_something_computes_in_it(
     assert says in report.first_divergence.diagnosis.lower()
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_pytorchs_rounded_derivative_of_hardsigmoid_is_no_fault_of_the_port(inplace: bool, parity):
+class HardSigmoidByName(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.hardsigmoid(input=x)
+
+
+@pytest.mark.parametrize("activation", [nn.Hardsigmoid(), nn.Hardsigmoid(inplace=True), HardSigmoidByName()])
+def test_pytorchs_rounded_derivative_of_hardsigmoid_is_no_fault_of_the_port(activation: nn.Module, parity):
     class Port(nnx.Module):
         def __init__(self) -> None:
             self.layers = nnx.List([nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 3, rngs=nnx.Rngs(1))])
@@ -318,7 +323,7 @@ def test_pytorchs_rounded_derivative_of_hardsigmoid_is_no_fault_of_the_port(inpl
         def __call__(self, x: jax.Array) -> jax.Array:
             return self.layers[1](jax.nn.hard_sigmoid(self.layers[0](x)))
 
-    original = nn.Sequential(nn.Linear(4, 8), nn.Hardsigmoid(inplace=inplace), nn.Linear(8, 3))
+    original = nn.Sequential(nn.Linear(4, 8), activation, nn.Linear(8, 3))
     parity.check(original, Port(), 3 * torch.randn(5, 4))
 
 

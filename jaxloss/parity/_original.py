@@ -259,7 +259,7 @@ class Functions(TorchFunctionMode):
             return self._fused_attention(args, kwargs)
         if func is _ATTENTION:
             func = self._attention(*args, **kwargs)
-        if func is F.hardsigmoid and args[0].dtype is torch.float64:
+        if func is F.hardsigmoid:
             func = _hardsigmoid
         if (chosen := self._watch(func, args, kwargs)) is not None:
             result = chosen.result()
@@ -375,6 +375,8 @@ def _kept(x: Tensor, rate: float, mask: Tensor) -> Tensor:
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """The same in float64: PyTorch's own derivative there is 1/6 in float32 (2.13)."""
+    if input.dtype is not torch.float64:
+        return F.hardsigmoid(input, inplace)
     result = F.relu6(input + 3) / 6
     return input.copy_(result) if inplace else result
 
