@@ -60,7 +60,7 @@ def judge(
         progress("pairing layers")
         subject = Subject(source, flax_module, flax_batch, loss, layouts or {}, names, ignore)
         exact = subject.exact
-        findings.notes += [*source.notes, *subject.batch.notes]
+        findings.notes += [*subject.source.notes, *subject.batch.notes]
         findings.background.name, findings.background.stages = subject.name, stages(subject)
         findings.background.weights = list(weight_pairs(subject))
         _unmatched(findings, subject)
@@ -106,6 +106,10 @@ def _unmatched(findings: Findings, subject: Subject) -> None:
         findings.notes.append("The port's layers are unknown: only outputs, gradients and steps are compared.")
     if moved := ", ".join(dict.fromkeys(subject.moved)):
         findings.notes.append(f"By its numbers, the port has the axes of {moved} in another order than PyTorch.")
+    if both := ", ".join(f"{first} and {second.name}" for first, second in subject.exact.state.seconds.items()):
+        findings.notes.append(
+            f"The port has one bias for {both}: their sum is compared. Where PyTorch trains both, it moves half as far."
+        )
     if subject.uncompared:
         names = ", ".join(subject.uncompared)
         findings.notes.append(f"No call of PyTorch's fits {names}: compared only within the edges around.")

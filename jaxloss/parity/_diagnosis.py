@@ -349,6 +349,12 @@ def step_failure(subject: Subject, failures: Sequence[Failure]) -> StepFailure:
 def _of_step(subject: Subject, failures: Sequence[Failure], steps: Trajectory) -> Iterator[Explanation]:
     """Other gradients or another rate, as far as the arrays tell."""
     step, here, failure, kind, ours = step_failure(subject, failures)
+    names = {kept_of(each.finding.quantity, subject.exact.port.weights)[1] for each in here}
+    if {subject.weight_pairs[name] for name in names} <= subject.exact.state.seconds.keys():
+        meaning = "the port has one bias where PyTorch trains two, which it adds up: it moves half as far"
+        fix = "give both linear layers of the cell a bias (docs/porting/pitfalls), or pass steps=0"
+        yield Explanation(meaning, fix)
+        return
     for each in here:
         if each.finding.quantity.startswith(_FIRST_MOMENTS) and each.finding.kind == "scale":
             factor = each.finding.diagnosis.removeprefix("it is ")

@@ -26,7 +26,7 @@ class Joined:
         dtype: of all.
     """
 
-    def __init__(self, variables: Sequence[nnx.Variable], layouts: Sequence[Layout]) -> None:
+    def __init__(self, variables: Sequence[Any], layouts: Sequence[Layout]) -> None:
         """Reads nothing yet."""
         self.variables, self._layouts = variables, layouts
         first, *_ = shapes = [layout.merged for layout in layouts]

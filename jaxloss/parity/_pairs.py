@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def pair_weights(
 def _layers_given(names: Mapping[str, str]) -> dict[str, str]:
     layers: dict[str, set[str]] = defaultdict(set)
     for mine, theirs in names.items():
-        layers[mine.rpartition(".")[0]].add(theirs.rpartition(".")[0])
+        layers[_split(mine)[0]].add(_split(theirs)[0])
     return {mine: others.pop() for mine, others in layers.items() if len(others) == 1}
 
 
@@ -95,7 +96,7 @@ def guesses(pairs: Mapping[str, str], shapes: Shapes) -> list[str]:
     Flax sorts the attributes of a module that it has copied or made without arrays. So names in sorted order say
     nothing of the order of definition, unless others in the module are not sorted, or it is numbers that differ.
     """
-    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in shapes))
+    layers = list(dict.fromkeys(_split(name)[0] for name in shapes))
     alike: dict[object, list[str]] = defaultdict(list)
     for mine, kinds in _by_layer(shapes, layers).items():
         if any(pairs.get(_join(mine, kind), _join(mine, kind)) != _join(mine, kind) for kind in kinds):
@@ -144,7 +145,7 @@ def _numbered(layer: str) -> Iterator[tuple[str, str]]:
 def _by_layer(shapes: Shapes, order: Iterable[str]) -> dict[str, dict[str, Shape]]:
     layers: dict[str, dict[str, Shape]] = {name: {} for name in order}
     for name, shape in shapes.items():
-        layer, _, kind = name.rpartition(".")
+        layer, kind = _split(name)
         layers.setdefault(layer, {})[kind] = shape
     return {layer: kinds for layer, kinds in layers.items() if kinds}
 
@@ -165,6 +166,12 @@ def kept_otherwise(name: str) -> str:
             "torch.nn.utils.parametrize.remove_parametrizations(layer, name)"
         )
     kind = name.rpartition(".")[2]
+    if kind.startswith("bias_hh"):
+        return (
+            f"PyTorch's {kind} is added to what the gates make of the state, and nnx.GRUCell has no such bias: give it "
+            "one, cell.dense_h = nnx.Linear(units, 3 * units, rngs=rngs), or a cell of your own an nnx.Param of this "
+            "name and shape (docs/porting/pitfalls)"
+        )
     what = next((what for start, what in _TOGETHER.items() if kind.startswith(start)), "")
     return what and (
         f"PyTorch's {kind} holds {what} together: give the port an nnx.Param of this name and shape, and split what it "
@@ -174,12 +181,24 @@ def kept_otherwise(name: str) -> str:
 
 _TOGETHER = {
     "in_proj_": "query, key and value (nnx.MultiHeadAttention gets them out of it)",
-    **dict.fromkeys(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), "the gates"),
+    **dict.fromkeys(("weight_ih", "weight_hh", "bias_ih"), "the gates (Flax's recurrent cells get them out of it)"),
 }
 
 
+_GATES = r"((?:weight|bias)_[ih]h)(_l\d+\w*)"  # what PyTorch calls the weights of each layer in an LSTM
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A layer and its kind of weight; those in one module of PyTorch's are "rnn._l0", "rnn._l0_reverse", "rnn._l1"."""
+    layer, _, kind = name.rpartition(".")
+    found = re.fullmatch(_GATES, kind)
+    return (".".join(filter(None, (layer, found[2]))), found[1]) if found else (layer, kind)
+
+
 def _join(layer: str, kind: str) -> str:
-    return f"{layer}.{kind}" if layer else kind
+    """The inverse."""
+    outer, _, end = layer.rpartition(".")
+    return ".".join(filter(None, (outer, kind + end) if re.fullmatch(_GATES, kind + end) else (layer, kind)))
 
 
 def activation_layouts(

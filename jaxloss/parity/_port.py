@@ -18,6 +18,7 @@ from jaxloss.parity._fused import dropping, exact_attention
 from jaxloss.parity._layout import Shape
 from jaxloss.parity._masks import PortDrop
 from jaxloss.parity._pairs import Call
+from jaxloss.parity._recurrent import CELLS, LINEN_CELLS
 from jaxloss.parity.weights import Weights, weights_of
 
 Arrays = dict[str, jax.Array]
@@ -73,7 +74,7 @@ class Port:
         self.dtype, self._copied, self._theirs, self._names = dtype, copied, theirs, names
         self._graph, self._state = nnx.split(copied)
         self.set_flatten({})
-        self.layers = leaf_layers({weight.layer_name: weight.layer for weight in self.weights.values()})
+        self.layers = leaf_layers(self.weights)
 
     def set_flatten(self, flatten: Mapping[str, Sequence[int]]) -> None:
         """Says which linear layers read or write a flattened feature map, as `load_torch` takes it."""
@@ -253,9 +254,10 @@ def _modules(module: nnx.Module) -> list[Any]:
     return [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.Module) and callable(node)]
 
 
-def leaf_layers(owners: Mapping[str, object]) -> list[str]:
-    """The names of layers inside which there is no other."""
-    return [name for name in owners if not any(_inside(other, name) for other in owners)]
+def leaf_layers(weights: Weights) -> list[str]:
+    """The names of layers inside which there is no other. PyTorch's recurrent ones return tuples: they are none."""
+    names = {weight.layer_name: isinstance(weight.layer, CELLS + LINEN_CELLS) for weight in weights.values()}
+    return [name for name, recurs in names.items() if not recurs and not any(_inside(other, name) for other in names)]
 
 
 def _inside(name: str, parent: str) -> bool:

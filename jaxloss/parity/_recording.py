@@ -108,27 +108,82 @@ def sketch(array: np.ndarray) -> np.ndarray:
     return np.tensordot(factors, array.astype(np.float64, copy=False), axes=(1, longest)) / np.sqrt(_SUMS)
 
 
+class Second(NamedTuple):
+    """An array of which some is added to another."""
+
+    name: str
+    rows: int  # how much, from the first element on
+
+
+Seconds = Mapping[str, Second]  # by the names of what they are added to
+
+
+def added(arrays: Mapping[str, np.ndarray], seconds: Seconds) -> dict[str, np.ndarray]:
+    """The arrays with these sums, and what is left of the second ones, if anything is."""
+    found = dict(arrays)
+    for first, (name, rows) in seconds.items():
+        some = np.array(found[name])
+        some[rows:] = 0
+        found[first] = found[first] + some
+    return without(found, seconds)
+
+
+def without(arrays: Mapping[str, np.ndarray], seconds: Seconds) -> dict[str, np.ndarray]:
+    """The arrays, without what is added to others; where there is nothing that it is added to, in its place."""
+    found = dict(arrays)
+    for first, (name, rows) in seconds.items():
+        if name not in found:
+            continue
+        rest = np.array(found.pop(name))
+        if rows < len(rest):
+            rest[:rows] = 0
+            found[name] = rest
+        else:
+            found.setdefault(first, rest)
+    return found
+
+
 class State(Mapping[str, np.ndarray]):
     """Parameters and buffers of a state_dict, shared ones by their first name alone; copied when asked for.
 
     Attributes:
         shapes: of all of them.
         tied: the first names of shared ones by their other names.
+        seconds: what is added to some, by their names.
     """
 
-    def __init__(self, shapes: Mapping[str, Shape], read: Callable[[str], np.ndarray], tied: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, Shape],
+        read: Callable[[str], np.ndarray],
+        tied: Mapping[str, str],
+        seconds: Seconds | None = None,
+    ) -> None:
         """Reads nothing."""
-        self.shapes, self.tied, self._read = dict(shapes), dict(tied), read
+        self.seconds = dict(seconds or {})
+        gone = {second.name for second in self.seconds.values() if second.rows == shapes[second.name][0]}
+        self.shapes = {name: shape for name, shape in shapes.items() if name not in gone}
+        self.tied, self._read = dict(tied), read
+
+    def adding(self, seconds: Seconds) -> "State":
+        """The same, with sums."""
+        return State(self.shapes, self._read, self.tied, seconds)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """In float64, if it is floating."""
-        return widen(self.given(name))
+        return self._sum(name, lambda each: widen(self._read(each)))
 
     def given(self, name: str) -> np.ndarray:
         """In its own dtype, and maybe not a copy."""
+        return self._sum(name, self._read)
+
+    def _sum(self, name: str, read: Callable[[str], np.ndarray]) -> np.ndarray:
         if name not in self.shapes:
             raise KeyError(name)
-        return self._read(name)
+        for first, second in self.seconds.items():
+            if name in (first, second.name):
+                return added({each: read(each) for each in (first, second.name)}, {first: second})[name]
+        return read(name)
 
     def __iter__(self) -> Iterator[str]:
         """The names."""

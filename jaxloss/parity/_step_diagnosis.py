@@ -11,7 +11,7 @@ from jaxloss.parity._diagnosis import step_failure
 from jaxloss.parity._faults import matches
 from jaxloss.parity._findings import Explanation, Failure
 from jaxloss.parity._live import Live
-from jaxloss.parity._recording import sketch
+from jaxloss.parity._recording import added, sketch
 from jaxloss.parity._state_dict import to_numpy
 from jaxloss.parity._steps import in_flax
 from jaxloss.parity._subject import Subject
@@ -40,6 +40,7 @@ def explain_step(live: Live, subject: Subject, failures: Sequence[Failure]) -> I
     """Everything that explains the first step that differs."""
     count, _, failure, kind, ours = step_failure(subject, failures)
     theirs, layout = subject.weight_pairs[ours], subject.exact.port.weights[ours].layout
+    seconds = {first: second for first, second in subject.exact.state.seconds.items() if first == theirs and not kind}
 
     def train(step: Step = lambda optimizer: optimizer.step(), **options: Any) -> np.ndarray:
         original, optimizer = live.trainee()
@@ -48,9 +49,12 @@ def explain_step(live: Live, subject: Subject, failures: Sequence[Failure]) -> I
         for i in range(1, count + 1):
             live.backward(original, i)
             step(optimizer)
-        tensor = dict(original.module.named_parameters())[theirs]
-        kept = optimizer.state[tensor].get(kind) if kind else tensor
-        return np.empty(0) if kept is None else in_flax(sketch(to_numpy(kept)), layout)
+        tensors = dict(original.module.named_parameters())
+        kept = optimizer.state[tensors[theirs]].get(kind) if kind else tensors[theirs]
+        if kept is None:
+            return np.empty(0)
+        arrays = {theirs: to_numpy(kept)} | {second.name: to_numpy(tensors[second.name]) for second in seconds.values()}
+        return in_flax(sketch(added(arrays, seconds)[theirs]), layout)
 
     optimizer = live.trainee()[1]
     group = optimizer.param_groups[0]

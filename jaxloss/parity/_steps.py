@@ -12,6 +12,7 @@ from jaxloss.parity._background import StepDistance
 from jaxloss.parity._compare import norm, relative
 from jaxloss.parity._detail import Detail
 from jaxloss.parity._findings import Failure, Findings
+from jaxloss.parity._fused import Joined
 from jaxloss.parity._layout import Layout
 from jaxloss.parity._port import Arrays
 from jaxloss.parity._recording import Sketches, Trajectory, sketch
@@ -202,7 +203,7 @@ def _counterpart(kind: str, mine: Sketches, optimizer: str) -> dict[str, np.ndar
 
 def _is_kept(leaf: Any, weight: Weight) -> bool:
     """Whether it is an array, or one for each part of a weight: no MaskedNode."""
-    if len(weight.parts) == 1:
+    if not isinstance(weight.variable, Joined):
         return isinstance(leaf, jax.Array)
     return isinstance(leaf, list) and [np.shape(part) for part in leaf] == [part.shape for part in weight.parts]
 

@@ -17,6 +17,7 @@ from jaxloss.parity._pairs import Call, CallPair, activation_layouts, nearest, p
 from jaxloss.parity._port import Arrays, Port
 from jaxloss.parity._programs import FreeRun, Programs, abstract_run
 from jaxloss.parity._recording import LayerCall, Recording, Source, State
+from jaxloss.parity._recurrent import second_biases, with_one_bias
 from jaxloss.parity._state_dict import ignored
 from jaxloss.parity._tree_port import FunctionPort, LinenPort
 from jaxloss.parity._turned import turned_by_shape, turned_by_value
@@ -74,8 +75,9 @@ class Subject:
 
     def view(self, dtype: str) -> View:
         """The original's run in a dtype, and a copy of the port in it."""
+        port = self._port(jnp.dtype(dtype), self.source.state.keys())
+        self.source = with_one_bias(self.source, second_biases(port.weights, self.source.state, self._names))
         recording, state = self.source.recording(dtype), self.source.state
-        port = self._port(jnp.dtype(dtype), state.keys())
         self._lay_out(port)
         if self.pairs:
             recording.masks = self.port_masks(recording.masks, recording)
@@ -88,7 +90,7 @@ class Subject:
                 return Port(module, dtype, train=self.train, told=told, theirs=theirs, names=self._names)
             case (linen.Module() as module, variables):
                 inputs = self.batch.flax_inputs
-                return LinenPort(module, variables, dtype, train=self.train, told=told, inputs=inputs)
+                return LinenPort(module, variables, dtype, train=self.train, told=told, inputs=inputs, theirs=theirs)
             case (function, params) if callable(function):
                 return FunctionPort(function, params, dtype)
         raise TypeError(
@@ -98,11 +100,13 @@ class Subject:
 
     def value(self, name: str) -> jax.Array:
         """A weight that the port is checked with, in float64."""
-        port, theirs = self.exact.port, self.weight_pairs.get(name)
+        port, state, theirs = self.exact.port, self.exact.state, self.weight_pairs.get(name)
         weight = port.weights[name]
-        if self.copied and theirs is not None:
-            return port.cast(weight.layout.to_flax(self.exact.state[theirs]))
-        return port.cast(weight.variable.get_value())
+        own = weight.variable.get_value()
+        if theirs is None:
+            return port.cast(own)
+        rounded = theirs in state.seconds and np.array_equal(own, weight.layout.to_flax(state.given(theirs)))
+        return port.cast(weight.layout.to_flax(state[theirs]) if self.copied or rounded else own)
 
     def values(self) -> Arrays:
         """All of them, made anew: a large network's are not kept twice."""

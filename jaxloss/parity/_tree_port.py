@@ -13,6 +13,7 @@ from flax import linen
 from jaxloss.parity._fused import dropping
 from jaxloss.parity._layout import Layout, Shape, permuted, same
 from jaxloss.parity._port import Port, Run, Tape, leaf_layers, train_flags
+from jaxloss.parity._recurrent import linen_gates
 from jaxloss.parity.weights import NAMES, Weight, linear_layout
 
 _STATISTICS = ("batch_stats",)
@@ -50,6 +51,7 @@ class FunctionPort(Port):
         """Says which kernels read or write a flattened feature map."""
         self.flatten = dict(flatten)
         self.weights: dict[str, Weight] = {}
+        self._places: list[tuple[str, int]] = []  # of each leaf: in which weight it is, and which part of it
         for path, leaf in self._leaves:
             *layer, attribute = path or ("weight",)
             name = ".".join(layer)
@@ -60,6 +62,7 @@ class FunctionPort(Port):
             if full in self.weights:
                 raise ValueError(f"parity: two parameters of the port would be called {full} in PyTorch.")
             self.weights[full] = weight
+            self._places.append((full, 0))
 
     @property
     def parameters(self) -> list[str]:
@@ -72,7 +75,10 @@ class FunctionPort(Port):
         return Run(self._function(self._tree(values), *inputs), statistics, hook)
 
     def _tree(self, values: Mapping[str, Any]) -> Any:
-        arrays = self._structure.unflatten([values[name] for name in self.weights])
+        parts = {name: self.weights[name].split(value) for name, value in values.items()}
+        arrays = self._structure.unflatten(
+            [parts[name][part] if isinstance(parts[name], list) else parts[name] for name, part in self._places]
+        )
         return jax.tree.map(
             lambda x, given: given if x is None else x, arrays, self._params, is_leaf=lambda x: x is None
         )
@@ -90,9 +96,10 @@ class LinenPort(FunctionPort):
         train: bool,
         told: Collection[np.dtype],
         inputs: Sequence[Any],
+        theirs: Collection[str],
     ) -> None:
-        """Runs it once, abstractly, to see its layers."""
-        self._module, self._told = module, told
+        """Runs it once, abstractly, to see its layers; `theirs` are PyTorch's names of weights."""
+        self._module, self._told, self._theirs = module, told, theirs
         flags = train_flags(type(module), len(inputs), train=train)
         # A module refuses to be told by its call what its attribute says.
         self._flags: dict[str, Any] = {
@@ -103,12 +110,23 @@ class LinenPort(FunctionPort):
         self._leaves = [(path[1:], leaf) for path, leaf in self._leaves]
         self._modules = self._find_modules(inputs)
         self.set_flatten({})
-        self.layers = leaf_layers({weight.layer_name: weight.layer for weight in self.weights.values()})
+        self.layers = leaf_layers(self.weights)
+
+    def set_flatten(self, flatten: Mapping[str, Sequence[int]]) -> None:
+        """The same, and joins what recurrent cells have apart."""
+        super().set_flatten(flatten)
+        apart, names = self.weights, dict[str, tuple[str, int]]()
+        for layer, cell in self._modules.items():
+            for full, joined, parts in linen_gates(layer, cell, apart, self._theirs):
+                weight = Weight(joined, same(joined.shape), cell, full.rpartition(".")[0], f"{layer}.{full}")
+                self.weights = {name: each for name, each in self.weights.items() if name not in parts} | {full: weight}
+                names |= {name: (full, part) for part, name in enumerate(parts)}
+        self._places = [names.get(name, (name, part)) for name, part in self._places]
 
     @property
     def parameters(self) -> list[str]:
         """Names of what is trained; all other weights are statistics."""
-        collections = dict(zip(self.weights, self._collections, strict=True))
+        collections = {name: collection for (name, _), collection in zip(self._places, self._collections, strict=True)}
         return [name for name in super().parameters if collections[name] == "params"]
 
     def _run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: Tape) -> Run:
@@ -119,16 +137,18 @@ class LinenPort(FunctionPort):
             if context.method_name != "__call__" or (not context.module.path and self.layers != [""]):
                 return function(*args, **kwargs)
             _set_dtype(context.module, self.dtype, self._told)
+            if isinstance(context.module, linen.RNN):
+                _set_dtype(context.module.cell, self.dtype, self._told)
             return hook.call(".".join(context.module.path), context.module, function, args, kwargs)
 
         with linen.intercept_methods(intercept):
             outputs, changed = self._apply(self._tree(values), inputs)
         flat = {tuple(_plain(k) for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(changed)[0]}
-        named = zip(self.weights, self._collections, self._leaves, strict=True)
+        places = zip(self._places, self._collections, self._leaves, strict=True)
         trained = set(self.parameters)
         after = {
             name: flat.get((collection, *path), values[name])
-            for name, collection, (path, _) in named
+            for (name, _), collection, (path, _) in places
             if name not in trained
         }
         return Run(outputs, after, hook)
@@ -155,9 +175,10 @@ def _plain(key: Any) -> str:
 
 def _set_dtype(module: linen.Module, dtype: jax.typing.DTypeLike, told: Collection[np.dtype]) -> None:
     """Has a layer that was told to compute in one of these dtypes compute in the port's."""
-    now = getattr(module, "dtype", None)
-    if now is not None and jnp.dtype(now) in told:
-        object.__setattr__(module, "dtype", dtype)
+    for name in ("dtype", "param_dtype"):  # a recurrent cell's carry begins in param_dtype
+        now = getattr(module, name, None)
+        if now is not None and jnp.dtype(now) in told:
+            object.__setattr__(module, name, dtype)
 
 
 def _leaf_layout(module: Any, attribute: str, shape: Shape, feature_map: Shape) -> Layout:

@@ -14,6 +14,17 @@ from jaxloss.parity._compare import is_constant
 from jaxloss.parity._fused import OUT, PARTS, Joined, fused, fused_paths
 from jaxloss.parity._layout import Layout, Shape, permuted, same
 from jaxloss.parity._pairs import guesses, kept_otherwise, pair_weights
+from jaxloss.parity._recurrent import (
+    CELLS,
+    added,
+    cells,
+    fused_gates,
+    gates,
+    has_one_bias,
+    second_biases,
+    second_of,
+    torch_name,
+)
 from jaxloss.parity._state_dict import read_state_dict, transpose
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -91,6 +102,7 @@ def load_torch(
         )
     arrays = transpose(read_state_dict(state_dict, ignore), transposed)
     weights = weights_of(module, flatten, arrays, names or {})
+    arrays = added(arrays, second_biases(weights, arrays, names or {}))
     pairs = _pairs(weights, arrays, names)
     _check_fit(type(module).__name__, weights, arrays, pairs)
     guessed = {ours: theirs for ours, theirs in pairs.items() if ours != theirs and ours not in (names or {})}
@@ -142,7 +154,12 @@ def weight_map(
         {'0.weight': 'head.weight'}
     """
     arrays = transpose(read_state_dict(state_dict, ignore), transposed)
-    return _pairs(weights_of(module, flatten, arrays, names or {}), arrays, names)
+    weights = weights_of(module, flatten, arrays, names or {})
+    return _pairs(
+        weights,
+        added(arrays, second_biases(weights, arrays, names or {})),
+        names,
+    )
 
 
 def to_torch(
@@ -186,6 +203,8 @@ def to_torch(
         if sources.setdefault(theirs, weight.key) != weight.key:
             raise ValueError(f"names: {theirs} would be two weights, one of them {name}.")
         entries[theirs] = weight.layout.to_torch(np.asarray(weight.variable.get_value()))
+        if has_one_bias(weight.layer) and "bias" in name.rpartition(".")[2]:
+            entries[second_of(theirs)] = np.zeros_like(entries[theirs])
     # Contiguous, because safetensors writes the wrong elements of an array that is not.
     return {name: np.array(array, order="C") for name, array in transpose(entries, transposed).items()}
 
@@ -265,11 +284,13 @@ def weights_of(
     _check_flatten(layers, flatten)
     weights: Weights = {}
     for path, layer, attribute, variable in found:
-        layer_name = ".".join(path)
-        feature_map = tuple((flatten or {}).get(layer_name, ()))
         name = NAMES.get(attribute, attribute) if isinstance(layer, _LAYERS) else attribute
-        layout = _layout(layer, attribute, variable.shape, feature_map)
         full, flax_name = ".".join((*path, name)), ".".join((*path, attribute))
+        if isinstance(layer, CELLS) and isinstance(variable, Joined):
+            full = torch_name(path, attribute, names if theirs is None else theirs)
+        layer_name = full.rpartition(".")[0]
+        feature_map = tuple((flatten or {}).get(layer_name, ()))
+        layout = _layout(layer, attribute, variable.shape, feature_map)
         own = isinstance(layer, Linear) and attribute in ("kernel", "bias")
         if own and math.prod(variable.shape) != math.prod(layout.merged):
             raise ValueError(
@@ -307,6 +328,13 @@ def _walk(
             yield from ((path, node, name, joined) for name, joined in fused(node, linear_layout))
             children = [(OUT if name == "out" else name, child) for name, child in vars(node).items()]
             children = [(name, child) for name, child in children if name not in PARTS]
+        case nnx.Module() if recurrent := cells(node):
+            for cell, end in recurrent:
+                yield from ((path, cell, name + end, joined) for name, joined in fused_gates(cell, linear_layout))
+            fused_linears = [id(linear) for cell, _ in recurrent for side in gates(cell) for linear in side]
+            children = [
+                item for cell, _ in recurrent for item in vars(cell).items() if id(item[1]) not in fused_linears
+            ]
         case nnx.Pytree():
             children = vars(node).items()
         case dict():

@@ -1,0 +1,411 @@
+"""PyTorch's LSTM, GRU and RNN as Flax's recurrent cells: their weights both ways, and their ports compared."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import linen, nnx
+from torch import nn
+
+from jaxloss import parity
+from jaxloss.parity import _recording, load_torch, to_torch, weight_map
+
+UNITS = 4
+ONE_BIAS = "has one bias where PyTorch trains two"
+GRU_FIX = r"nnx\.GRUCell has no such bias: give it one, cell\.dense_h = nnx\.Linear\(units, 3 \* units, rngs=rngs\)"
+
+
+class TorchNetwork(nn.Module):
+    """A classifier of sequences."""
+
+    def __init__(self, kind: Callable[..., nn.Module] = nn.LSTM, **options: Any) -> None:
+        super().__init__()
+        self.embed, self.rnn = nn.Linear(5, 3), kind(3, UNITS, batch_first=True, **options)
+        self.head = nn.Linear(UNITS * (1 + self.rnn.bidirectional), 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rnn(self.embed(x))[0][:, 2])
+
+
+class Network(nnx.Module):
+    """`TorchNetwork`, ported."""
+
+    def __init__(self, cell: Callable[..., Any], layers: int = 1, *, bidirectional: bool = False) -> None:
+        rngs = nnx.Rngs(0)
+        width = UNITS * (1 + bidirectional)
+
+        def layer(inputs: int) -> nnx.Module:
+            forwards = nnx.RNN(cell(inputs, UNITS, rngs=rngs))
+            return nnx.Bidirectional(forwards, nnx.RNN(cell(inputs, UNITS, rngs=rngs))) if bidirectional else forwards
+
+        self.embed, self.head = nnx.Linear(5, 3, rngs=rngs), nnx.Linear(width, 2, rngs=rngs)
+        self.rnn = layer(3) if layers == 1 else nnx.List([layer(3), *(layer(width) for _ in range(layers - 1))])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.embed(x)
+        for layer in self.rnn if isinstance(self.rnn, nnx.List) else [self.rnn]:
+            x = layer(x)
+        return self.head(x[:, 2])
+
+
+class LinenNetwork(linen.Module):
+    """The same in Linen."""
+
+    cell: Callable[..., Any]
+    layers: int = 1
+    bidirectional: bool = False
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = linen.Dense(3, name="embed")(x)
+        for _ in range(self.layers):
+            forwards = linen.RNN(self.cell(UNITS))
+            x = (linen.Bidirectional(forwards, linen.RNN(self.cell(UNITS))) if self.bidirectional else forwards)(x)
+        return linen.Dense(2, name="head")(x[:, 2])
+
+
+class LinenNamed(linen.Module):
+    """One whose layer has PyTorch's name."""
+
+    cell: Callable[..., Any]
+
+    def setup(self) -> None:
+        self.embed, self.rnn, self.head = linen.Dense(3), linen.RNN(self.cell(UNITS)), linen.Dense(2)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(self.rnn(self.embed(x))[:, 2])
+
+
+def two_biases(kind: Callable[..., Any], name: str, gates: int) -> Callable[..., Any]:
+    """A cell of Flax's with the bias that it lacks, as docs/porting/pitfalls.md shows."""
+
+    def cell(inputs: int, units: int, *, rngs: nnx.Rngs) -> Any:
+        made = kind(inputs, units, rngs=rngs)
+        setattr(made, name, nnx.Linear(inputs if name == "dense_i" else units, gates * units, rngs=rngs))
+        return made
+
+    return cell
+
+
+GRU = two_biases(nnx.GRUCell, "dense_h", 3)
+LSTM = two_biases(nnx.OptimizedLSTMCell, "dense_i", 4)
+RNN = two_biases(nnx.SimpleCell, "dense_h", 1)
+
+PORTS = {  # the original, and its port
+    "LSTM": ({}, partial(Network, nnx.LSTMCell)),
+    "optimized LSTM": ({}, partial(Network, nnx.OptimizedLSTMCell)),
+    "LSTM of two layers": ({"num_layers": 2}, partial(Network, nnx.OptimizedLSTMCell, 2)),
+    "LSTM both ways": ({"bidirectional": True}, partial(Network, nnx.LSTMCell, bidirectional=True)),
+    "two layers both ways": (
+        {"bidirectional": True, "num_layers": 2},
+        partial(Network, nnx.OptimizedLSTMCell, 2, bidirectional=True),
+    ),
+    "RNN": ({"kind": nn.RNN}, partial(Network, nnx.SimpleCell)),
+}
+ports = pytest.mark.parametrize(("options", "port"), PORTS.values(), ids=PORTS)
+WITH_BOTH = {
+    "LSTM": ({}, partial(Network, LSTM)),
+    "GRU": ({"kind": nn.GRU}, partial(Network, GRU)),
+    "GRU of two layers both ways": (
+        {"kind": nn.GRU, "num_layers": 2, "bidirectional": True},
+        partial(Network, GRU, 2, bidirectional=True),
+    ),
+    "RNN": ({"kind": nn.RNN}, partial(Network, RNN)),
+}
+
+
+def network(**options: Any) -> TorchNetwork:
+    torch.manual_seed(0)
+    return TorchNetwork(**options)
+
+
+def batch() -> torch.Tensor:
+    return torch.randn(6, 5, 5, generator=torch.Generator().manual_seed(1))
+
+
+@ports
+def test_ports_with_flaxs_cells_pass(options, port, parity):
+    original = network(**options)
+    parity.check(original, load_torch(port(), original.state_dict()), batch(), steps=0)
+
+
+def test_pytorchs_weights_are_copied_where_the_port_has_its_own(parity):
+    parity.check(network(bidirectional=True), Network(nnx.LSTMCell, bidirectional=True), batch(), steps=0)
+
+
+@pytest.mark.parametrize(("options", "port"), WITH_BOTH.values(), ids=WITH_BOTH)
+def test_cells_with_both_biases_train_alike(options, port, parity):
+    original = network(**options)
+    parity.check(original, load_torch(port(), original.state_dict()), batch(), steps=3)
+
+
+@pytest.mark.parametrize("golden", [True, False])
+def test_one_bias_for_two_moves_half_as_far(golden, tmp_path):
+    original = network()
+    port = load_torch(Network(nnx.OptimizedLSTMCell), original.state_dict())
+    if golden:
+        parity.record(tmp_path / "golden.safetensors", original, batch(), steps=2, dtypes=[])
+        report = parity.replay(tmp_path / "golden.safetensors", port)
+    else:
+        report = parity.check(original, port, batch(), steps=2, dtypes=[])
+    assert (report.first_divergence.place, report.first_divergence.quantity) == ("step 1", "rnn.bias_ih_l0")
+    assert ONE_BIAS in report.first_divergence.diagnosis
+    assert any("one bias for rnn.bias_ih_l0 and rnn.bias_hh_l0" in note for note in report.notes)
+
+
+def test_twice_the_updates_make_up_for_one_bias(parity):
+    original = network()
+    port = load_torch(Network(nnx.OptimizedLSTMCell), original.state_dict())
+    double = optax.masked(optax.scale(2.0), lambda tree: {name: name == "rnn.bias_ih_l0" for name in tree})
+    adam = torch.optim.Adam(original.parameters(), lr=1e-3)
+    parity.check(original, port, batch(), optimizers=(adam, optax.chain(optax.adam(1e-3), double)), steps=3)
+
+
+@pytest.mark.parametrize("frozen", ["bias_ih_l0", "bias_hh_l0"])
+def test_a_bias_that_pytorch_does_not_train_moves_nothing(frozen, parity):
+    original = network()
+    getattr(original.rnn, frozen).requires_grad_(False)
+    port = load_torch(Network(nnx.OptimizedLSTMCell), original.state_dict())
+    parity.check(original, port, batch(), steps=3)
+
+
+def test_flaxs_gru_has_no_place_for_the_bias_that_the_reset_gate_multiplies():
+    original = network(kind=nn.GRU)
+    with pytest.raises(ValueError, match=GRU_FIX):
+        load_torch(Network(nnx.GRUCell), original.state_dict())
+    report = parity.check(original, Network(nnx.GRUCell), batch(), steps=0, dtypes=[])
+    assert report.first_divergence.quantity == "bias_hh_l0"
+    assert re.search(GRU_FIX, str(report))
+
+
+def test_flaxs_gru_is_pytorchs_where_that_bias_is_0(parity):
+    original = network(kind=nn.GRU)
+    with torch.no_grad():
+        original.rnn.bias_hh_l0[2 * UNITS :] = 0
+    parity.check(original, load_torch(Network(nnx.GRUCell), original.state_dict()), batch(), steps=0, dtypes=[])
+
+
+@pytest.mark.parametrize(
+    ("options", "cell"), [({}, nnx.LSTMCell), ({}, LSTM), ({"kind": nn.RNN}, nnx.SimpleCell), ({"kind": nn.GRU}, GRU)]
+)
+def test_weights_come_back(options, cell):
+    port = load_torch(Network(cell), network(**options).state_dict())
+    weights = to_torch(port)
+    original = network(**options)
+    original.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    again = load_torch(Network(cell), original.state_dict())
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again, nnx.Param), nnx.state(port, nnx.Param))
+
+
+def test_pytorch_takes_the_weights_of_flaxs_gru(parity):
+    port, original = Network(nnx.GRUCell), network(kind=nn.GRU)
+    port.rnn.cell.dense_i.bias.set_value(jnp.linspace(-1, 1, 3 * UNITS))
+    original.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(port).items()})
+    parity.check(original, port, batch(), steps=0, dtypes=[])
+
+
+def test_layers_of_one_module_may_have_names_of_their_own(parity, capsys):
+    class Port(nnx.Module):
+        def __init__(self, first: str, second: str) -> None:
+            rngs = nnx.Rngs(0)
+            self.embed, self.head = nnx.Linear(5, 3, rngs=rngs), nnx.Linear(UNITS, 2, rngs=rngs)
+            self.order = first, second
+            for name, inputs in ((first, 3), (second, UNITS)):
+                setattr(self, name, nnx.RNN(nnx.OptimizedLSTMCell(inputs, UNITS, rngs=rngs)))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = self.embed(x)
+            for name in self.order:
+                x = getattr(self, name)(x)
+            return self.head(x[:, 2])
+
+    original = network(num_layers=2)
+    port = load_torch(Port("lower", "upper"), original.state_dict())
+    assert "upper.weight_ih_l0 (16, 4) <- rnn.weight_ih_l1" in capsys.readouterr().out
+    parity.check(original, port, batch(), steps=0, dtypes=[])
+    names = weight_map(port, original.state_dict())
+    assert names["upper.bias_ih_l0"] == "rnn.bias_ih_l1"
+    given = load_torch(Port("lower", "upper"), original.state_dict(), names=names)
+    parity.check(original, given, batch(), names=names, steps=0, dtypes=[])
+    arrays = to_torch(port, names=names)
+    assert arrays.keys() == original.state_dict().keys()
+
+
+def test_stacked_layers_come_back_under_the_names_they_came_from():
+    original = network(num_layers=2, bidirectional=True)
+    port = load_torch(Network(LSTM, 2, bidirectional=True), original.state_dict())
+    assert "rnn.0.bias_hh_l0_reverse" in to_torch(port)  # a list of modules, if nothing else is known
+    arrays = to_torch(port, names=weight_map(port, original.state_dict()))
+    assert arrays.keys() == original.state_dict().keys()
+    for name, array in original.state_dict().items():
+        np.testing.assert_array_equal(arrays[name], array)
+
+
+class TorchSteps(nn.Module):
+    """A cell that is called step by step."""
+
+    def __init__(self, kind: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.cell, self.head = kind(5, UNITS), nn.Linear(UNITS, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state: Any = x.new_zeros(len(x), UNITS)
+        state = (state, state) if isinstance(self.cell, nn.LSTMCell) else state
+        for i in range(x.shape[1]):
+            state = self.cell(x[:, i], state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+class Steps(nnx.Module):
+    """`TorchSteps`, ported."""
+
+    def __init__(self, cell: Callable[..., Any], *, scan: bool) -> None:
+        rngs = nnx.Rngs(0)
+        self.cell, self.head, self.scan = cell(5, UNITS, rngs=rngs), nnx.Linear(UNITS, 2, rngs=rngs), scan
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        carry: Any = jnp.zeros((len(x), UNITS), x.dtype)
+        carry = (carry, carry) if isinstance(self.cell, nnx.LSTMCell | nnx.OptimizedLSTMCell) else carry
+        if self.scan:
+            _, states = jax.lax.scan(self.cell, carry, x.swapaxes(0, 1))
+            return self.head(states[-1])
+        for i in range(x.shape[1]):
+            carry, state = self.cell(carry, x[:, i])
+        return self.head(state)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "cell"), [(nn.LSTMCell, LSTM), (nn.GRUCell, GRU), (nn.RNNCell, RNN)], ids=["LSTM", "GRU", "RNN"]
+)
+def test_cells_called_step_by_step_pass(kind, cell, scan, parity):
+    torch.manual_seed(0)
+    original = TorchSteps(kind)
+    parity.check(original, load_torch(Steps(cell, scan=scan), original.state_dict()), batch(), steps=2, dtypes=[])
+
+
+LINEN = {
+    "LSTM": ({}, LinenNetwork(linen.OptimizedLSTMCell)),
+    "LSTM by name": ({}, LinenNamed(linen.LSTMCell)),
+    "LSTM of two layers both ways": (
+        {"num_layers": 2, "bidirectional": True},
+        LinenNetwork(linen.LSTMCell, 2, bidirectional=True),
+    ),
+    "GRU": ({"kind": nn.GRU}, LinenNetwork(linen.GRUCell)),
+    "GRU by name": ({"kind": nn.GRU}, LinenNamed(linen.GRUCell)),
+    "GRU of two layers": ({"kind": nn.GRU, "num_layers": 2}, LinenNetwork(linen.GRUCell, 2)),
+    "RNN": ({"kind": nn.RNN}, LinenNetwork(linen.SimpleCell)),
+}
+in_linen = pytest.mark.parametrize(("options", "module"), LINEN.values(), ids=LINEN)
+
+
+def variables_of(module: linen.Module) -> Any:
+    return module.init(jax.random.key(0), jnp.zeros((2, 5, 5)))
+
+
+@in_linen
+def test_linens_cells_pass(options, module, parity):
+    parity.check(network(**options), (module, variables_of(module)), batch(), steps=0, dtypes=[])
+
+
+@pytest.mark.parametrize("case", ["LSTM", "LSTM of two layers both ways", "RNN"])
+def test_linens_cells_train_alike_with_twice_the_updates_of_one_bias(case, parity):
+    def double(tree: Any) -> Any:
+        return {name: jax.tree.map(lambda _, doubled="bias_ih" in name: doubled, leaf) for name, leaf in tree.items()}
+
+    options, module = LINEN[case]
+    original = network(**options)
+    adam = torch.optim.Adam(original.parameters(), lr=1e-3)
+    optimizer = optax.chain(optax.adam(1e-3), optax.masked(optax.scale(2.0), double))
+    parity.check(original, (module, variables_of(module)), batch(), optimizers=(adam, optimizer), steps=2, dtypes=[])
+
+
+def test_one_bias_of_linens_gru_moves_half_as_far():
+    module = LinenNamed(linen.GRUCell)
+    report = parity.check(network(kind=nn.GRU), (module, variables_of(module)), batch(), steps=1, dtypes=[])
+    assert [finding.quantity for finding in report.failures()] == ["rnn.bias_ih_l0"]
+    assert ONE_BIAS in report.first_divergence.diagnosis
+
+
+def test_a_large_gru_of_linens_takes_no_steps(monkeypatch):
+    monkeypatch.setattr(_recording, "_SMALL", 2 * UNITS)
+    module = LinenNetwork(linen.GRUCell)
+    report = parity.check(network(kind=nn.GRU), (module, variables_of(module)), batch(), steps=2, dtypes=[])
+    assert report.ok
+    assert "rnn.bias_hh_l0 is too large for steps of a part of it: none are compared." in report.notes
+
+
+def wrong_bias(cell: Any) -> None:
+    cell.dense_h.bias.set_value(cell.dense_h.bias[...] * (1 + 1e-6))
+
+
+def gates_in_another_order(cell: Any) -> None:
+    first, second, *others = jnp.split(cell.dense_h.kernel[...], 4, 1)
+    cell.dense_h.kernel.set_value(jnp.concatenate([second, first, *others], 1))
+
+
+@pytest.mark.parametrize(("fault", "quantity"), [(wrong_bias, "bias_ih_l0"), (gates_in_another_order, "weight_hh_l0")])
+def test_wrong_weights_are_found(fault, quantity):
+    original = network()
+    port = load_torch(Network(nnx.OptimizedLSTMCell), original.state_dict())
+    fault(port.rnn.cell)
+    report = parity.check(original, port, batch(), steps=0, dtypes=[])
+    assert (report.first_divergence.place, report.first_divergence.quantity) == ("rnn", quantity)
+
+
+def test_another_activation_of_a_cell_is_found_where_it_computes():
+    original = network()
+    port = load_torch(Network(partial(nnx.OptimizedLSTMCell, gate_fn=jax.nn.hard_sigmoid)), original.state_dict())
+    report = parity.check(original, port, batch(), steps=0, dtypes=[])
+    assert (report.first_divergence.place, report.first_divergence.quantity) == (
+        "between embed and head",
+        "input of head",
+    )
+
+
+def test_a_raised_forget_gate_is_named():
+    class Raised(nnx.OptimizedLSTMCell):
+        def __call__(self, carry: Any, inputs: jax.Array) -> Any:
+            cell, state = carry
+            i, f, g, o = jnp.split(self.dense_i(inputs) + self.dense_h(state), 4, -1)
+            cell = jax.nn.sigmoid(f + 1) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+            state = jax.nn.sigmoid(o) * jnp.tanh(cell)
+            return (cell, state), state
+
+    original = network()
+    report = parity.check(original, load_torch(Network(Raised), original.state_dict()), batch(), steps=0, dtypes=[])
+    assert "adds 1 to the forget gate" in report.first_divergence.diagnosis
+
+
+def test_what_a_cell_of_ones_own_adds_is_a_weight_too():
+    class Scaled(nnx.OptimizedLSTMCell):
+        def __init__(self, inputs: int, units: int, *, rngs: nnx.Rngs) -> None:
+            super().__init__(inputs, units, rngs=rngs)
+            self.factor = nnx.Param(jnp.ones(units))
+
+    with pytest.raises(ValueError, match=r"missing: rnn\.factor"):
+        load_torch(Network(Scaled), network().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "port", "problem"),
+    [
+        ({"kind": nn.GRU}, Network(nnx.LSTMCell), r"rnn\.weight_hh_l0 is \(12, 4\), expected \(16, 4\)"),
+        ({"proj_size": 2}, Network(nnx.LSTMCell), r"unexpected: rnn\.weight_hr_l0"),
+        ({"bias": False}, Network(nnx.LSTMCell), r"missing: rnn\.bias_ih_l0"),
+        ({}, Network(nnx.LSTMCell, 2), r"missing: rnn\.1\.bias_ih_l0"),
+        ({"num_layers": 2}, Network(nnx.LSTMCell), r"unexpected: rnn\.bias_ih_l1"),
+    ],
+)
+def test_other_layers_are_refused(options, port, problem):
+    before = nnx.state(port)
+    with pytest.raises(ValueError, match=problem):
+        load_torch(port, network(**options).state_dict())
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(port, nnx.Param), nnx.filter_state(before, nnx.Param))
