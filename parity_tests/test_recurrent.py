@@ -83,20 +83,23 @@ class LinenNamed(linen.Module):
         return self.head(self.rnn(self.embed(x))[:, 2])
 
 
-def two_biases(kind: Callable[..., Any], name: str, gates: int) -> Callable[..., Any]:
-    """A cell of Flax's with the bias that it lacks, as docs/porting/pitfalls.md shows."""
-
-    def cell(inputs: int, units: int, *, rngs: nnx.Rngs) -> Any:
-        made = kind(inputs, units, rngs=rngs)
-        setattr(made, name, nnx.Linear(inputs if name == "dense_i" else units, gates * units, rngs=rngs))
-        return made
-
+def gru_cell(inputs: int, units: int, *, rngs: nnx.Rngs) -> nnx.GRUCell:
+    cell = nnx.GRUCell(inputs, units, rngs=rngs)
+    cell.dense_h = nnx.Linear(units, 3 * units, rngs=rngs)  # Flax's own has no bias
     return cell
 
 
-GRU = two_biases(nnx.GRUCell, "dense_h", 3)
-LSTM = two_biases(nnx.OptimizedLSTMCell, "dense_i", 4)
-RNN = two_biases(nnx.SimpleCell, "dense_h", 1)
+def lstm_cell(inputs: int, units: int, *, rngs: nnx.Rngs) -> nnx.OptimizedLSTMCell:
+    cell = nnx.OptimizedLSTMCell(inputs, units, rngs=rngs)
+    cell.dense_i = nnx.Linear(inputs, 4 * units, rngs=rngs)
+    return cell
+
+
+def rnn_cell(inputs: int, units: int, *, rngs: nnx.Rngs) -> nnx.SimpleCell:
+    cell = nnx.SimpleCell(inputs, units, rngs=rngs)
+    cell.dense_h = nnx.Linear(units, units, rngs=rngs)
+    return cell
+
 
 PORTS = {  # the original, and its port
     "LSTM": ({}, partial(Network, nnx.LSTMCell)),
@@ -111,13 +114,13 @@ PORTS = {  # the original, and its port
 }
 ports = pytest.mark.parametrize(("options", "port"), PORTS.values(), ids=PORTS)
 WITH_BOTH = {
-    "LSTM": ({}, partial(Network, LSTM)),
-    "GRU": ({"kind": nn.GRU}, partial(Network, GRU)),
+    "LSTM": ({}, partial(Network, lstm_cell)),
+    "GRU": ({"kind": nn.GRU}, partial(Network, gru_cell)),
     "GRU of two layers both ways": (
         {"kind": nn.GRU, "num_layers": 2, "bidirectional": True},
-        partial(Network, GRU, 2, bidirectional=True),
+        partial(Network, gru_cell, 2, bidirectional=True),
     ),
-    "RNN": ({"kind": nn.RNN}, partial(Network, RNN)),
+    "RNN": ({"kind": nn.RNN}, partial(Network, rnn_cell)),
 }
 
 
@@ -193,7 +196,8 @@ def test_flaxs_gru_is_pytorchs_where_that_bias_is_0(parity):
 
 
 @pytest.mark.parametrize(
-    ("options", "cell"), [({}, nnx.LSTMCell), ({}, LSTM), ({"kind": nn.RNN}, nnx.SimpleCell), ({"kind": nn.GRU}, GRU)]
+    ("options", "cell"),
+    [({}, nnx.LSTMCell), ({}, lstm_cell), ({"kind": nn.RNN}, nnx.SimpleCell), ({"kind": nn.GRU}, gru_cell)],
 )
 def test_weights_come_back(options, cell):
     port = load_torch(Network(cell), network(**options).state_dict())
@@ -240,7 +244,7 @@ def test_layers_of_one_module_may_have_names_of_their_own(parity, capsys):
 
 def test_stacked_layers_come_back_under_the_names_they_came_from():
     original = network(num_layers=2, bidirectional=True)
-    port = load_torch(Network(LSTM, 2, bidirectional=True), original.state_dict())
+    port = load_torch(Network(lstm_cell, 2, bidirectional=True), original.state_dict())
     assert "rnn.0.bias_hh_l0_reverse" in to_torch(port)  # a list of modules, if nothing else is known
     arrays = to_torch(port, names=weight_map(port, original.state_dict()))
     assert arrays.keys() == original.state_dict().keys()
@@ -283,7 +287,9 @@ class Steps(nnx.Module):
 
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "cell"), [(nn.LSTMCell, LSTM), (nn.GRUCell, GRU), (nn.RNNCell, RNN)], ids=["LSTM", "GRU", "RNN"]
+    ("kind", "cell"),
+    [(nn.LSTMCell, lstm_cell), (nn.GRUCell, gru_cell), (nn.RNNCell, rnn_cell)],
+    ids=["LSTM", "GRU", "RNN"],
 )
 def test_cells_called_step_by_step_pass(kind, cell, scan, parity):
     torch.manual_seed(0)

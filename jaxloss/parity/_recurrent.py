@@ -95,15 +95,14 @@ def second_biases(
     own = {name for name, weight in weights.items() if not isinstance(weight.layer, linen.GRUCell)}
     own |= {given for name, given in names.items() if name in own}
     found: dict[str, Second] = {}
-    for name in theirs:
-        first, weight = _beside(name, _SECOND, _FIRST), theirs.get(_beside(name, _SECOND, "weight_hh"))
-        if _SECOND not in name.rpartition(".")[2] or name in own or first not in theirs or weight is None:
-            continue
-        bias, (rows, units) = theirs[name], weight.shape
-        if rows != 3 * units or not bias[-units:].any():
-            found[first] = Second(name, len(bias))
-        elif in_linen:
-            found[first] = Second(name, 2 * units)
+    for name in (name for name in theirs if name.rpartition(".")[2].startswith(_SECOND) and name not in own):
+        first, weight = _beside(name, _SECOND, _FIRST), _beside(name, _SECOND, _WEIGHTS[1])
+        if first in theirs and weight in theirs:
+            bias, (rows, units) = theirs[name], theirs[weight].shape
+            if rows != 3 * units or not bias[-units:].any():
+                found[first] = Second(name, len(bias))
+            elif in_linen:
+                found[first] = Second(name, 2 * units)
     return found
 
 

@@ -51,8 +51,10 @@ def load_torch(
 
     The layers of Flax get PyTorch's layouts (Linear, LinearGeneral, Conv and ConvTranspose of any dimension, Embed,
     PReLU, the norms with their running statistics); any other variable keeps its own. A MultiHeadAttention gets query,
-    key and value out of PyTorch's `in_proj_weight` and `in_proj_bias`, if there are such. Random state is left alone,
-    and so is BatchNorm's `num_batches_tracked`, which Flax does not have.
+    key and value out of PyTorch's `in_proj_weight` and `in_proj_bias`, if there are such; LSTMCell, OptimizedLSTMCell,
+    SimpleCell and GRUCell, in an RNN or a Bidirectional or alone, what PyTorch's recurrent layers and cells keep
+    together. Their one bias is the sum of PyTorch's two, unless the cell was given a second one. Random state is left
+    alone, and so is BatchNorm's `num_batches_tracked`, which Flax does not have.
 
     Args:
         module: changed in place, or not at all if anything is wrong. May be abstract (`nnx.eval_shape`).
@@ -78,9 +80,9 @@ def load_torch(
 
     Raises:
         ValueError: weights are missing, unexpected or misshapen (all are listed); a dtype needs `jax_enable_x64`; tied
-            weights differ; two variables of the module have one name in PyTorch; `flatten` is needed or impossible; the
-            file is of another kind, broken, or a pickle that could run code; layers of equal shapes have other names
-            and an order that is not known.
+            weights differ; a GRUCell has no place for PyTorch's second bias; two variables of the module have one name
+            in PyTorch; `flatten` is needed or impossible; the file is of another kind, broken, or a pickle that could
+            run code; layers of equal shapes have other names and an order that is not known.
         TypeError: there are things other than arrays among the values (all are listed).
 
     Examples:
@@ -179,8 +181,9 @@ def to_torch(
         transposed: see `load_torch`.
 
     Returns:
-        Copies in PyTorch's layouts and the module's dtypes, by PyTorch's names. `safetensors.numpy.save_file` writes
-        them all; `torch.from_numpy` does not know NumPy's bfloat16.
+        Copies in PyTorch's layouts and the module's dtypes, by PyTorch's names. (Of a recurrent cell with one bias,
+        PyTorch's second one is 0.) `safetensors.numpy.save_file` writes them all; `torch.from_numpy` does not know
+        NumPy's bfloat16.
 
     Raises:
         ValueError: `flatten` is needed or impossible; `names` or `transposed` has an unknown name, or `names` gives one
