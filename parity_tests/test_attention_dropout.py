@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from flax import linen, nnx
+from flax.linen import attention as linen_attention
+from flax.nnx.nn import attention as nnx_attention
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -181,21 +183,91 @@ def test_attention_without_a_batch_or_heads_drops_too(parity):
     parity.check(randomise(Original(4, 4)), port, BATCH[0, :, :4], losses=None, **TRAIN)
 
 
+class Heads(nn.Module):
+    """Attention of two heads, by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        attended = F.scaled_dot_product_attention(*parts, dropout_p=0.3 * self.training)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
 @pytest.mark.parametrize("attribute", [False, True])
 def test_linens_attention_alone_takes_the_masks(attribute: bool, parity):
-    class Original(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            parts = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.query, self.key, self.value))
-            attended = F.scaled_dot_product_attention(*parts, dropout_p=0.3 * self.training)
-            return self.out(attended.transpose(1, 2).flatten(2))
-
     options = {"dropout_rate": 0.3, "broadcast_dropout": False}
     variables = linen.MultiHeadDotProductAttention(2, deterministic=True).init(
         jax.random.key(0), jnp.zeros(BATCH.shape)
     )
     port = linen.MultiHeadDotProductAttention(2, **options, deterministic=False if attribute else None)
-    parity.check(randomise(Original()), (port, variables), BATCH, losses=None, **TRAIN)
+    parity.check(randomise(Heads()), (port, variables), BATCH, losses=None, **TRAIN)
+
+
+class HeadsPort(nnx.Module):
+    """The same by one of Flax's."""
+
+    def __init__(self, function: Any, *, broadcast: bool) -> None:
+        self.rngs = rngs = nnx.Rngs(0)
+        self.query, self.key, self.value, self.out = (nnx.Linear(8, 8, rngs=rngs) for _ in range(4))
+        self.function, self.broadcast, self.deterministic = function, broadcast, False
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        parts = (layer(x).reshape(*x.shape[:2], 2, 4) for layer in (self.query, self.key, self.value))
+        y = self.function(
+            *parts,
+            dropout_rng=self.rngs.dropout(),
+            dropout_rate=0.3,
+            broadcast_dropout=self.broadcast,
+            deterministic=self.deterministic,
+        )
+        return self.out(y.reshape(x.shape))
+
+
+@pytest.mark.parametrize("function", [nnx.dot_product_attention, linen.dot_product_attention])
+def test_flaxs_functions_take_the_masks_where_they_are_called(function: Any, parity):
+    before = nnx_attention.dot_product_attention_weights, linen_attention.dot_product_attention_weights
+    original = randomise(Heads())
+    port = load_torch(HeadsPort(function, broadcast=False), original.state_dict())
+    parity.check(original, port, BATCH, **TRAIN)
+    assert before == (nnx_attention.dot_product_attention_weights, linen_attention.dot_product_attention_weights)
+
+
+def test_a_function_that_drops_the_same_in_all_of_the_batch_is_named():
+    original = randomise(Heads())
+    port = load_torch(HeadsPort(nnx.dot_product_attention, broadcast=True), original.state_dict())
+    report = parity.check(original, port, BATCH, **TRAIN, dtypes=["float64"])
+    assert "drops the same in all of the batch" in report.first_divergence.diagnosis
+
+
+def test_an_attention_with_a_function_of_its_own_takes_the_masks(parity):
+    original = randomise(nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True))
+
+    class Original(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = original
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, x, x)[0]
+
+    class Port(nnx.Module):
+        def __init__(self) -> None:
+            function = partial(nnx.dot_product_attention, is_causal=False)
+            self.attention = nnx.MultiHeadAttention(
+                2,
+                8,
+                dropout_rate=0.3,
+                broadcast_dropout=False,
+                decode=False,
+                attention_fn=function,
+                rngs=nnx.Rngs(0),
+            )
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.attention(x)
+
+    torch_module = Original()
+    parity.check(torch_module, load_torch(Port(), torch_module.state_dict()), BATCH, losses=None, **TRAIN)

@@ -478,7 +478,7 @@ def test_what_the_docs_include_is_there():
     for page in (ROOT / "docs").rglob("*.md"):
         for path, options in re.findall(r"include\} (\S+)\n((?::.*\n)*)", page.read_text()):
             text = (page.parent / path).read_text()
-            wanted = re.findall(r"(?:start-after|end-before): (.+)", options)
+            wanted = re.findall(r"(?:start-after|start-at|end-before): (.+)", options)
             wanted += [f"class {name}(" for name in re.findall(r"pyobject: (\w+)", options)]
             assert all(text.count(each) == 1 for each in wanted), f"{page}: {path}: {wanted}"
             found += 1

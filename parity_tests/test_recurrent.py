@@ -340,6 +340,13 @@ def test_one_bias_of_linens_gru_moves_half_as_far():
     assert ONE_BIAS in report.first_divergence.diagnosis
 
 
+def test_linens_gru_may_have_a_second_bias_of_0(parity):
+    original = network(kind=nn.GRU)
+    nn.init.zeros_(original.rnn.bias_hh_l0)
+    module = LinenNamed(linen.GRUCell)
+    parity.check(original, (module, variables_of(module)), batch(), steps=0, dtypes=[])
+
+
 def test_a_large_gru_of_linens_takes_no_steps(monkeypatch):
     monkeypatch.setattr(_recording, "_SMALL", 2 * UNITS)
     module = LinenNetwork(linen.GRUCell)

@@ -3,12 +3,16 @@
 import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import linen, nnx
+from flax.linen import attention as linen_attention
+from flax.nnx.nn import attention as nnx_attention
 
 from jaxloss.parity._layout import Layout, Shape
 
@@ -110,28 +114,32 @@ def exact_attention(query: jax.Array, key: jax.Array, value: jax.Array, **option
     return nnx.dot_product_attention(query, key, value, **options)
 
 
-def dropping(
-    attention: Callable[..., jax.Array], weights_of: Callable[..., jax.Array], tape: Callable[[], Any]
-) -> Callable[..., jax.Array]:
-    """Flax's attention, with the dropout of what the tape is then, if there is one.
+@contextmanager
+def dropping(drop: Callable[[jax.Array, float, Shape], jax.Array]) -> Iterator[None]:
+    """Has dropout in Flax's attention, however it is called, leave what `drop` does of weights, at a rate.
 
-    Args:
-        attention: of a query, a key, a value and options.
-        weights_of: the attention's weights, of a query, a key and options.
-        tape: called when the attention is.
+    Its third argument are the axes along which there is one mask.
     """
-    known = inspect.signature(weights_of).parameters
+    with ExitStack() as stack:
+        for module in (nnx_attention, linen_attention, linen):
+            own = module.dot_product_attention_weights
+            stack.enter_context(mock.patch.object(module, own.__name__, _dropped(own, drop)))
+        yield
 
-    @wraps(attention)
-    def attend(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
-        rate, given = options.get("dropout_rate", 0.0), tape()
-        if options.get("deterministic") or not rate or given is None:
-            return attention(query, key, value, **options)
-        exact = {name: option for name, option in options.items() if name in known} | {"deterministic": True}
-        weights = weights_of(query, key, **exact)
-        broadcast = tuple(range(weights.ndim - 2)) if options.get("broadcast_dropout", True) else ()
-        values = jnp.repeat(value, query.shape[-2] // value.shape[-2], axis=-2)
-        weights = given.drop(weights, rate, broadcast)
-        return jnp.einsum("...hqk,...khd->...qhd", weights, values, precision=options.get("precision"))
 
-    return attend
+def _dropped(
+    weights_of: Callable[..., jax.Array], drop: Callable[[jax.Array, float, Shape], jax.Array]
+) -> Callable[..., jax.Array]:
+    signature = inspect.signature(weights_of)
+
+    @wraps(weights_of)
+    def weights(*args: Any, **kwargs: Any) -> jax.Array:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        options = given.arguments
+        drops, options["deterministic"] = not options["deterministic"] and options["dropout_rate"], True
+        found = weights_of(*given.args, **given.kwargs)
+        broadcast = tuple(range(found.ndim - 2)) if options["broadcast_dropout"] else ()
+        return drop(found, options["dropout_rate"], broadcast) if drops else found
+
+    return weights

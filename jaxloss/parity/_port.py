@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
-from flax.nnx.nn.attention import dot_product_attention_weights
 from jax.extend.core import get_opaque_trace_state
 
 from jaxloss.parity._fused import dropping, exact_attention
@@ -67,9 +66,8 @@ class Port:
                 computed, now = isinstance(getattr(type(node), name, None), property), getattr(node, name, None)
                 if not computed and now is not None and jnp.dtype(now) in told:
                     setattr(node, name, dtype)
-            if getattr(node, "attention_fn", None) is nnx.dot_product_attention:
-                own = exact_attention if dtype == jnp.float64 else nnx.dot_product_attention
-                node.attention_fn = dropping(own, dot_product_attention_weights, _hook.get)
+            if dtype == jnp.float64 and getattr(node, "attention_fn", None) is nnx.dot_product_attention:
+                node.attention_fn = exact_attention
             node.__class__ = _hooked(type(node))
         self.dtype, self._copied, self._theirs, self._names = dtype, copied, theirs, names
         self._graph, self._state = nnx.split(copied)
@@ -107,12 +105,14 @@ class Port:
 
     def run(self, values: Mapping[str, Any], inputs: Sequence[Any], tape: Callable[[], "Tape"]) -> Run:
         """The outputs, the statistics afterwards, and the tape that has seen it all."""
+        first = tape()
         try:
-            return self._run(values, inputs, tape())
+            with dropping(first.drop):
+                return self._run(values, inputs, first)
         except InnerTraceError:  # a jit keeps what it traced of one run for the next: without it, calls are seen
             again = tape()
             again.inline = True
-            with jax.disable_jit():
+            with jax.disable_jit(), dropping(again.drop):
                 return self._run(values, inputs, again)
 
     def _run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: "Tape") -> Run:

@@ -56,6 +56,13 @@ def fused_gates(cell: Any, layout: Callable[[Any, str, Shape, Shape], Layout]) -
     yield from zip((_FIRST, _SECOND), (joined("bias", side) for side in biased), strict=False)
 
 
+def are_together(path: str, theirs: Collection[str] | None, names: Collection[str]) -> bool:
+    """Whether PyTorch has the gates of a cell at this path together, as far as its names, or those given, tell."""
+    given = [name for name in names if name.startswith(f"{path}." if path else "")]
+    known = given or (_WEIGHTS if theirs is None else theirs)
+    return any(name.rpartition(".")[2].startswith(_WEIGHTS) for name in known)
+
+
 def linen_gates(
     layer: str, cell: object, weights: Mapping[str, Any], theirs: Collection[str]
 ) -> Iterator[tuple[str, Joined, list[str]]]:
@@ -99,10 +106,11 @@ def second_biases(
         first, weight = _beside(name, _SECOND, _FIRST), _beside(name, _SECOND, _WEIGHTS[1])
         if first in theirs and weight in theirs:
             bias, (rows, units) = theirs[name], theirs[weight].shape
-            if rows != 3 * units or not bias[-units:].any():
-                found[first] = Second(name, len(bias))
-            elif in_linen:
+            is_gru = rows == 3 * units
+            if is_gru and in_linen:
                 found[first] = Second(name, 2 * units)
+            elif not is_gru or not bias[-units:].any():
+                found[first] = Second(name, len(bias))
     return found
 
 
@@ -142,7 +150,7 @@ def with_one_bias(source: Source, seconds: Seconds) -> Source:
         fixed = {name: sketch(source.state[name]) for name in names}  # where PyTorch does not train one of them
         sketches = [
             {
-                kind: without(arrays, seconds) if kind else added(fixed | arrays, seconds)
+                kind: without(arrays, seconds) if kind else added(arrays | (fixed | arrays), seconds)
                 for kind, arrays in step.items()
             }
             for step in found.sketches

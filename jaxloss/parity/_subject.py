@@ -12,7 +12,7 @@ from flax import linen, nnx
 
 from jaxloss.parity._batch import Batch, FlaxLoss
 from jaxloss.parity._layout import Layout, Shape, channels_last, same
-from jaxloss.parity._masks import Drop, broadcasts, port_mask
+from jaxloss.parity._masks import Drop, PortDrop, broadcasts, port_mask
 from jaxloss.parity._pairs import Call, CallPair, activation_layouts, nearest, pair_weights, with_parents
 from jaxloss.parity._port import Arrays, Port
 from jaxloss.parity._programs import FreeRun, Programs, abstract_run
@@ -62,6 +62,7 @@ class Subject:
         self.feature_maps: dict[str, Shape] = {name: tuple(shape) for name, shape in feature_maps.items()}
         self._names = names or {}
         self.pairs: list[CallPair] = []
+        self.drops: list[PortDrop] = []  # the port's calls of dropout
         self.uncalled: dict[Call, str] = {}  # calls of PyTorch's that are not seen in the port, and its layers
         self.turned: set[str] = set()  # weights that the port has the other way round than is usual
         self.moved: list[str] = []  # layers whose axes the port has in an order that only the numbers tell
@@ -76,10 +77,11 @@ class Subject:
     def view(self, dtype: str) -> View:
         """The original's run in a dtype, and a copy of the port in it."""
         port = self._port(jnp.dtype(dtype), self.source.state.keys())
-        self.source = with_one_bias(self.source, second_biases(port.weights, self.source.state, self._names))
+        if not self.source.state.seconds:
+            self.source = with_one_bias(self.source, second_biases(port.weights, self.source.state, self._names))
         recording, state = self.source.recording(dtype), self.source.state
         self._lay_out(port)
-        if self.pairs:
+        if self.drops:
             recording.masks = self.port_masks(recording.masks, recording)
         return View(recording, state, port, Programs(port, self.batch, self.pairs))
 

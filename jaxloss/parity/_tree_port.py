@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen
 
-from jaxloss.parity._fused import dropping
 from jaxloss.parity._layout import Layout, Shape, permuted, same
 from jaxloss.parity._port import Port, Run, Tape, leaf_layers, train_flags
-from jaxloss.parity._recurrent import linen_gates
+from jaxloss.parity._recurrent import are_together, linen_gates
 from jaxloss.parity.weights import NAMES, Weight, linear_layout
 
 _STATISTICS = ("batch_stats",)
@@ -116,7 +115,8 @@ class LinenPort(FunctionPort):
         """The same, and joins what recurrent cells have apart."""
         super().set_flatten(flatten)
         apart, names = self.weights, dict[str, tuple[str, int]]()
-        for layer, cell in self._modules.items():
+        cells = self._modules.items() if are_together("", self._theirs, ()) else ()
+        for layer, cell in cells:
             for full, joined, parts in linen_gates(layer, cell, apart, self._theirs):
                 weight = Weight(joined, same(joined.shape), cell, full.rpartition(".")[0], f"{layer}.{full}")
                 self.weights = {name: each for name, each in self.weights.items() if name not in parts} | {full: weight}
@@ -131,9 +131,6 @@ class LinenPort(FunctionPort):
 
     def _run(self, values: Mapping[str, Any], inputs: Sequence[Any], hook: Tape) -> Run:
         def intercept(function: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-            if getattr(context.module, "attention_fn", None) is linen.dot_product_attention:
-                own = dropping(linen.dot_product_attention, linen.dot_product_attention_weights, lambda: hook)
-                object.__setattr__(context.module, "attention_fn", own)
             if context.method_name != "__call__" or (not context.module.path and self.layers != [""]):
                 return function(*args, **kwargs)
             _set_dtype(context.module, self.dtype, self._told)

@@ -17,6 +17,7 @@ from jaxloss.parity._pairs import guesses, kept_otherwise, pair_weights
 from jaxloss.parity._recurrent import (
     CELLS,
     added,
+    are_together,
     cells,
     fused_gates,
     gates,
@@ -277,9 +278,19 @@ def weights_of(
     whose query, key and value are one there.
     """
     attentions: dict[str, int] = {}  # by path; a shared one has several
-    apart = [(".".join(path), attribute) for path, _, attribute, _ in _walk(module, attentions.__setitem__)]
+
+    def collect(path: str, node: nnx.Module) -> None:
+        if isinstance(node, nnx.MultiHeadAttention):
+            attentions[path] = id(node)
+
+    def is_fused(path: str, node: nnx.Module) -> bool:
+        if isinstance(node, nnx.MultiHeadAttention):
+            return id(node) in together
+        return are_together(path, theirs, names)
+
+    apart = [(".".join(path), attribute) for path, _, attribute, _ in _walk(module, collect)]
     together = {attentions[path] for path in fused_paths(attentions, apart, theirs, names)}
-    found = list(_walk(module, lambda path, attention: attention in together))
+    found = list(_walk(module, is_fused))
     layers = {".".join(path): layer for path, layer, _, _ in found}
     known = dict.fromkeys(name.rpartition(".")[0] for name in theirs or ())
     if layers.keys() <= known.keys():
@@ -321,17 +332,17 @@ def _check_shared(module: str, weights: Weights) -> None:
 
 
 def _walk(
-    node: Any, is_fused: Callable[[str, int], Any], path: tuple[str, ...] = (), above: tuple[int, ...] = ()
+    node: Any, is_fused: Callable[[str, nnx.Module], Any], path: tuple[str, ...] = (), above: tuple[int, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any, str, nnx.Variable | Joined]]:
     """Path, layer, attribute and variable of every weight; a shared one comes under each of its names."""
     if id(node) in above:  # a reference to itself, or to its parent
         return
     match node:
-        case nnx.MultiHeadAttention() if is_fused(".".join(path), id(node)):
+        case nnx.MultiHeadAttention() if is_fused(".".join(path), node):
             yield from ((path, node, name, joined) for name, joined in fused(node, linear_layout))
             children = [(OUT if name == "out" else name, child) for name, child in vars(node).items()]
             children = [(name, child) for name, child in children if name not in PARTS]
-        case nnx.Module() if recurrent := cells(node):
+        case nnx.Module() if (recurrent := cells(node)) and is_fused(".".join(path), node):
             for cell, end in recurrent:
                 yield from ((path, cell, name + end, joined) for name, joined in fused_gates(cell, linear_layout))
             fused_linears = [id(linear) for cell, _ in recurrent for side in gates(cell) for linear in side]
