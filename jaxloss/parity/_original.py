@@ -261,6 +261,8 @@ class Functions(TorchFunctionMode):
             func = self._attention(*args, **kwargs)
         if func is F.hardsigmoid:
             func = _hardsigmoid
+        if name in _RECURRENT and len(args) == 9 and args[4] > 1 and args[5] and args[6]:
+            func = self._layer_by_layer(func, args)
         if (chosen := self._watch(func, args, kwargs)) is not None:
             result = chosen.result()
             in_place = args and name.endswith("_") and not name.endswith("__")
@@ -358,6 +360,27 @@ class Functions(TorchFunctionMode):
 
         return scaled_dot_product_attention
 
+    def _layer_by_layer(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
+        """A recurrent module's function, with masks of its own in place of random numbers between its layers."""
+        x, state, weights, has_biases, layers, rate, train, bidirectional, batch_first = args
+        ways, size = 1 + bidirectional, len(weights) // layers
+        shape = (*x.shape[:-1], ways * (state[0] if isinstance(state, tuple) else state).shape[-1])
+        masks = [self._mask(shape, rate) for _ in range(layers - 1)]
+
+        def recurrent(x: Tensor, state: Any, weights: list[Tensor], *_: Any) -> tuple[Tensor, ...]:
+            states = []
+            for i in range(layers):
+                start = [each[i * ways : (i + 1) * ways] for each in (state if isinstance(state, tuple) else [state])]
+                start = tuple(start) if isinstance(state, tuple) else start[0]
+                x = _kept(x, rate, masks[i - 1]) if i else x
+                own = weights[i * size : (i + 1) * size]
+                x, *left = function(x, start, own, has_biases, 1, 0.0, train, bidirectional, batch_first)
+                states.append(left)
+            return (x, *map(torch.cat, zip(*states, strict=True)))
+
+        recurrent.__name__ = function.__name__
+        return recurrent
+
     def _fused_attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`multi_head_attention_forward`, whose dropout is this one's."""
         drop, attend = (partial(self._as_seen, function) for function in (F.dropout, _ATTENTION))
@@ -385,6 +408,7 @@ def _rounded(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64
 
 
+_RECURRENT = ("gru", "lstm", "rnn_relu", "rnn_tanh")
 _WHOLE_CHANNELS: dict[Callable[..., Tensor], bool] = {
     F.dropout: False,
     F.dropout1d: True,
