@@ -16,6 +16,7 @@ from torch import nn
 
 from jaxloss import parity
 from jaxloss.parity import _recording, load_torch, to_torch, weight_map
+from jaxloss.parity._original import Functions
 
 UNITS = 4
 ONE_BIAS = "has one bias where PyTorch trains two"
@@ -321,6 +322,27 @@ def test_linens_cells_pass(options, module, parity):
     parity.check(network(**options), (module, variables_of(module)), batch(), steps=0, dtypes=[])
 
 
+class LinenScan(linen.Module):
+    """One that scans over its cell by itself."""
+
+    cell: Callable[..., Any]
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = linen.Dense(3, name="embed")(x)
+        scanned = linen.scan(
+            self.cell, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1
+        )
+        cell = scanned(UNITS, name="rnn")
+        _, states = cell(cell.initialize_carry(jax.random.key(0), x[:, 0].shape), x)
+        return linen.Dense(2, name="head")(states[:, 2])
+
+
+@pytest.mark.parametrize(("kind", "cell"), [(nn.LSTM, linen.OptimizedLSTMCell), (nn.GRU, linen.GRUCell)])
+def test_states_that_linens_cells_begin_with_have_the_dtype_of_the_check(kind, cell, parity):
+    parity.check(network(kind=kind), (LinenScan(cell), variables_of(LinenScan(cell))), batch(), steps=0)
+
+
 @pytest.mark.parametrize("case", ["LSTM", "LSTM of two layers both ways", "RNN"])
 def test_linens_cells_train_alike_with_twice_the_updates_of_one_bias(case, parity):
     def double(tree: Any) -> Any:
@@ -403,7 +425,7 @@ def test_what_a_cell_of_ones_own_adds_is_a_weight_too():
             super().__init__(inputs, units, rngs=rngs)
             self.factor = nnx.Param(jnp.ones(units))
 
-    with pytest.raises(ValueError, match=r"missing: rnn\.factor"):
+    with pytest.raises(ValueError, match=r"missing: rnn\.cell\.factor"):
         load_torch(Network(Scaled), network().state_dict())
 
 
@@ -422,3 +444,123 @@ def test_other_layers_are_refused(options, port, problem):
     with pytest.raises(ValueError, match=problem):
         load_torch(port, network(**options).state_dict())
     jax.tree.map(np.testing.assert_array_equal, nnx.state(port, nnx.Param), nnx.filter_state(before, nnx.Param))
+
+
+class Stack(nnx.Module):
+    """`TorchNetwork` with layers of its own, one after the other."""
+
+    def __init__(self, width: int, **layers: Callable[..., Any]) -> None:
+        rngs = nnx.Rngs(0)
+        self.embed, self.head = nnx.Linear(5, 3, rngs=rngs), nnx.Linear(width, 2, rngs=rngs)
+        self.order = tuple(layers)
+        for name, layer in layers.items():
+            setattr(self, name, layer(rngs=rngs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.embed(x)
+        for name in self.order:
+            x = getattr(self, name)(x)
+        return self.head(x[:, 2])
+
+
+def layer(cell: Callable[..., Any], inputs: int = UNITS, units: int = UNITS) -> Callable[..., nnx.RNN]:
+    return lambda rngs: nnx.RNN(cell(inputs, units, rngs=rngs))
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_layers_are_paired_as_they_are_defined_whatever_their_names(loaded, parity):
+    original = network(num_layers=3)
+    port = Stack(UNITS, rnn=layer(lstm_cell, 3), upper=layer(lstm_cell), last=layer(lstm_cell))
+    port = load_torch(port, original.state_dict()) if loaded else port
+    parity.check(original, port, batch(), steps=0, dtypes=[])
+
+
+def with_dropouts(rngs: nnx.Rngs) -> nnx.Module:
+    cells = [nnx.RNN(lstm_cell(inputs, UNITS, rngs=rngs)) for inputs in (3, UNITS, UNITS)]
+    dropouts = [nnx.Dropout(0.3, rngs=rngs) for _ in range(2)]
+    return nnx.Sequential(cells[0], dropouts[0], cells[1], dropouts[1], cells[2])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_dropout_between_the_layers_is_given_to_the_port(train, parity):
+    original = network(num_layers=3, dropout=0.3)
+    port = load_torch(Stack(UNITS, rnn=with_dropouts), original.state_dict())
+    parity.check(original, port, batch(), train=train, steps=1)
+
+
+@pytest.mark.parametrize("options", [{"kind": nn.GRU, "bidirectional": True}, {"kind": nn.RNN}, {}])
+def test_dropout_between_the_layers_of_every_kind_leaves_what_the_masks_say(options):
+    original = network(num_layers=2, dropout=1e-12, **options).double().rnn.train()
+    x = torch.randn(3, 5, 3, dtype=torch.float64)
+    with Functions(0) as functions:
+        found, states = original(x)
+    expected, expected_states = original(x)
+    assert [mask.shape for mask in functions.masks] == [found.shape]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(states, expected_states, rtol=1e-12, atol=1e-14)
+
+
+def test_a_port_that_drops_at_another_rate_between_the_layers_is_told():
+    original = network(num_layers=3, dropout=0.5)
+    port = load_torch(Stack(UNITS, rnn=with_dropouts), original.state_dict())
+    report = parity.check(original, port, batch(), train=True, steps=0, dtypes=[])
+    assert "drops at rate 0.3, PyTorch at 0.5" in report.first_divergence.diagnosis
+
+
+def test_both_kinds_of_cells_may_be_in_one_port_by_any_names(parity):
+    original = network(num_layers=2)
+    port = Stack(UNITS, lower=layer(lstm_cell, 3), upper=layer(nnx.OptimizedLSTMCell))
+    port = load_torch(port, original.state_dict())
+    np.testing.assert_array_equal(port.lower.cell.dense_h.bias[...], original.rnn.bias_hh_l0.detach())
+    parity.check(original, port, batch(), steps=0, dtypes=[])
+
+
+class Projected(nnx.RNN):
+    """A recurrent layer with a linear one."""
+
+    def __init__(self, cell: Any, *, rngs: nnx.Rngs) -> None:
+        super().__init__(cell)
+        self.projection = nnx.Linear(UNITS, UNITS, rngs=rngs)
+
+    def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
+        return self.projection(super().__call__(x, **options))
+
+
+def test_what_a_recurrent_layer_of_ones_own_adds_is_a_weight_too():
+    port = Stack(UNITS, rnn=lambda rngs: Projected(lstm_cell(3, UNITS, rngs=rngs), rngs=rngs))
+    assert "rnn.projection.weight" in to_torch(port)
+    with pytest.raises(ValueError, match=r"missing: rnn\.projection\.bias, rnn\.projection\.weight"):
+        load_torch(port, network().state_dict())
+
+
+def test_a_bias_of_one_gate_alone_is_not_lost():
+    port = Network(nnx.LSTMCell)
+    port.rnn.cell.if_ = nnx.Linear(3, UNITS, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    assert to_torch(port)["rnn.cell.if_.bias"].all()
+    with pytest.raises(ValueError, match=r"missing: rnn\.cell\.if_\.bias"):
+        load_torch(port, network().state_dict())
+
+
+def test_one_bias_of_both_frameworks_comes_back():
+    port = Network(nnx.OptimizedLSTMCell)
+    port.rnn.cell.dense_h.bias.set_value(jnp.arange(16.0))
+    names = {"rnn.bias_ih_l0": "rnn.bias"}
+    np.testing.assert_array_equal(to_torch(port, names=names)["rnn.bias"], np.arange(16.0))
+
+
+def test_a_cell_may_be_kept_beside_its_layer(parity):
+    class Port(Network):
+        def __init__(self) -> None:
+            super().__init__(nnx.OptimizedLSTMCell)
+            self.cell = self.rnn.cell
+
+    original = network()
+    parity.check(original, load_torch(Port(), original.state_dict()), batch(), steps=0, dtypes=[])
+
+
+def test_a_wrong_rate_is_told_beside_one_bias():
+    original = network()
+    port = load_torch(Network(nnx.OptimizedLSTMCell), original.state_dict())
+    adam = torch.optim.Adam(original.parameters(), lr=1e-3)
+    report = parity.check(original, port, batch(), optimizers=(adam, optax.adam(1e-2)), steps=1, dtypes=[])
+    assert "lr is 0.01, PyTorch's 0.001" in report.first_divergence.diagnosis

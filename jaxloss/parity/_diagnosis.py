@@ -342,7 +342,10 @@ def step_failure(subject: Subject, failures: Sequence[Failure]) -> StepFailure:
     """Where the steps begin to differ."""
     place, weights = failures[0].finding.place, subject.exact.port.weights
     here = [failure for failure in failures if failure.finding.place == place]
-    failure = next((failure for failure in here if failure.finding.quantity in weights), here[0])
+    parameters = [failure for failure in here if failure.finding.quantity in weights]
+    # One bias where PyTorch has two differs anyhow, and tells of nothing else.
+    parameters.sort(key=lambda failure: subject.weight_pairs[failure.finding.quantity] in subject.exact.state.seconds)
+    failure = next(iter(parameters), here[0])
     return StepFailure(int(place.split()[1]), here, failure, *kept_of(failure.finding.quantity, weights))
 
 
@@ -352,7 +355,9 @@ def _of_step(subject: Subject, failures: Sequence[Failure], steps: Trajectory) -
     names = {kept_of(each.finding.quantity, subject.exact.port.weights)[1] for each in here}
     if {subject.weight_pairs[name] for name in names} <= subject.exact.state.seconds.keys():
         meaning = "the port has one bias where PyTorch trains two, which it adds up: it moves half as far"
-        fix = "give both linear layers of the cell a bias (docs/porting/pitfalls), or pass steps=0"
+        fix = (
+            "give both linear layers of the cell a bias, or double its updates (docs/porting/pitfalls); or pass steps=0"
+        )
         yield Explanation(meaning, fix)
         return
     for each in here:

@@ -155,7 +155,8 @@ def _all_shapes(kinds: Mapping[str, Shape]) -> object:
 
 
 def _weight_shape(kinds: Mapping[str, Shape]) -> object:
-    return kinds.get("weight")
+    gates = kinds.get("weight_ih"), kinds.get("weight_hh")
+    return gates if all(gates) else kinds.get("weight")
 
 
 def kept_otherwise(name: str) -> str:
@@ -168,9 +169,9 @@ def kept_otherwise(name: str) -> str:
     kind = name.rpartition(".")[2]
     if kind.startswith("bias_hh"):
         return (
-            f"PyTorch's {kind} is added to what the gates make of the state, and nnx.GRUCell has no such bias: give it "
-            "one, cell.dense_h = nnx.Linear(units, 3 * units, rngs=rngs), or a cell of your own an nnx.Param of this "
-            "name and shape (docs/porting/pitfalls)"
+            f"PyTorch's {kind} is added to what the gates make of the state. nnx.GRUCell has no such bias: give it "
+            "one, cell.dense_h = nnx.Linear(units, 3 * units, rngs=rngs). A cell of your own needs an nnx.Param of "
+            "this name and shape, or linear layers with biases (docs/porting/pitfalls)"
         )
     what = next((what for start, what in _TOGETHER.items() if kind.startswith(start)), "")
     return what and (

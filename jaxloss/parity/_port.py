@@ -71,6 +71,7 @@ class Port:
             node.__class__ = _hooked(type(node))
         self.dtype, self._copied, self._theirs, self._names = dtype, copied, theirs, names
         self._graph, self._state = nnx.split(copied)
+        self._order = list(weights_of(module, {}, theirs, names))  # of definition: a copy's attributes are sorted
         self.set_flatten({})
         self.layers = leaf_layers(self.weights)
 
@@ -81,7 +82,7 @@ class Port:
         firsts: dict[tuple[int, ...], str] = {}
         for name in sorted(weights, key=lambda name: name not in self._theirs):
             firsts.setdefault(weights[name].key, name)
-        self.weights = {name: weight for name, weight in weights.items() if name in firsts.values()}
+        self.weights = {name: weights[name] for name in self._order if name in firsts.values()}
 
     def _weights_of(self, module: nnx.Module) -> Weights:
         return weights_of(module, self.flatten, self._theirs, self._names)

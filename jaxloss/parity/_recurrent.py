@@ -1,5 +1,6 @@
 """Flax's recurrent cells as PyTorch has them: the gates of a layer in one tensor, and a bias of inputs and of state."""
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from flax import linen, nnx
 
 from jaxloss.parity._fused import Joined
 from jaxloss.parity._layout import Layout, Shape
+from jaxloss.parity._pairs import pair_weights
 from jaxloss.parity._recording import Noise, Recording, Second, Seconds, Source, Trajectory, added, sketch, without
 
 _LINEN_GATES = {  # in PyTorch's order: of inputs, and of the state
@@ -60,7 +62,7 @@ def are_together(path: str, theirs: Collection[str] | None, names: Collection[st
     """Whether PyTorch has the gates of a cell at this path together, as far as its names, or those given, tell."""
     given = [name for name in names if name.startswith(f"{path}." if path else "")]
     known = given or (_WEIGHTS if theirs is None else theirs)
-    return any(name.rpartition(".")[2].startswith(_WEIGHTS) for name in known)
+    return any(_kind(name).startswith((*_WEIGHTS, _FIRST, _SECOND)) for name in known)
 
 
 def linen_gates(
@@ -80,11 +82,19 @@ def linen_gates(
         yield torch_name(list(filter(None, path)), f"{kind}_l0", theirs), joined, names
 
 
-def torch_name(path: Sequence[str], attribute: str, known: Collection[str]) -> str:
+def numbers_of(paths: Collection[tuple[str, ...]]) -> dict[tuple[str, ...], int]:
+    """The cells of each list, counted: there may be other layers between them."""
+    listed: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    for *parent, last in filter(None, paths):
+        if last.isdigit():
+            listed[tuple(parent)].add(int(last))
+    return {(*parent, str(i)): n for parent, found in listed.items() for n, i in enumerate(sorted(found))}
+
+
+def torch_name(path: Sequence[str], attribute: str, known: Collection[str], number: int = 0) -> str:
     """What PyTorch calls a cell's weight: the layers of one module are numbered there, those of a list in Flax."""
-    *parent, number = path or ("",)
     kind, _, rest = attribute.partition("_l0")
-    names = [(*path, attribute), (*path, f"{kind}_l0{rest}"), (*path, kind), (*parent, f"{kind}_l{number}{rest}")]
+    names = [(*path, attribute), (*path, f"{kind}_l0{rest}"), (*path, kind), (*path[:-1], f"{kind}_l{number}{rest}")]
     return next((name for name in map(".".join, names) if name in known), ".".join(names[0]))
 
 
@@ -99,10 +109,9 @@ def second_biases(
     in_linen = any(isinstance(layer, linen.GRUCell) for layer in layers)
     if not (in_linen or any(map(has_one_bias, layers))):
         return {}
-    own = {name for name, weight in weights.items() if not isinstance(weight.layer, linen.GRUCell)}
-    own |= {given for name, given in names.items() if name in own}
+    own = _own_seconds(weights, theirs, names)
     found: dict[str, Second] = {}
-    for name in (name for name in theirs if name.rpartition(".")[2].startswith(_SECOND) and name not in own):
+    for name in (name for name in theirs if _kind(name).startswith(_SECOND) and name not in own):
         first, weight = _beside(name, _SECOND, _FIRST), _beside(name, _SECOND, _WEIGHTS[1])
         if first in theirs and weight in theirs:
             bias, (rows, units) = theirs[name], theirs[weight].shape
@@ -112,6 +121,25 @@ def second_biases(
             elif not is_gru or not bias[-units:].any():
                 found[first] = Second(name, len(bias))
     return found
+
+
+def _own_seconds(weights: Mapping[str, Any], theirs: Mapping[str, np.ndarray], names: Mapping[str, str]) -> set[str]:
+    """PyTorch's second biases that the port has by themselves."""
+    ours = [name for name, weight in weights.items() if not isinstance(weight.layer, linen.GRUCell)]
+    seconds = [name for name in ours if _kind(name).startswith(_SECOND)]
+    if not seconds:
+        return set()
+    mine = {name: weights[name].layout.merged for name in weights if _kind(name).startswith(_WEIGHTS)}
+    others = {name: theirs[name].shape for name in theirs if _kind(name).startswith(_WEIGHTS)}
+    pairs = pair_weights(mine, others, given={name: given for name, given in names.items() if name in mine})
+    layers = (pairs.get(_beside(name, _SECOND, _WEIGHTS[1])) for name in seconds)
+    return {_beside(layer, _WEIGHTS[1], _SECOND) for layer in layers if layer} | {
+        names[n] for n in seconds if n in names
+    }
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def has_one_bias(cell: object) -> bool:

@@ -1,9 +1,11 @@
 """Ports that are no NNX modules: Linen modules with their variables, and plain functions with their parameters."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from flax import linen
 
 from jaxloss.parity._layout import Layout, Shape, permuted, same
 from jaxloss.parity._port import Port, Run, Tape, leaf_layers, train_flags
-from jaxloss.parity._recurrent import are_together, linen_gates
+from jaxloss.parity._recurrent import LINEN_CELLS, are_together, linen_gates
 from jaxloss.parity.weights import NAMES, Weight, linear_layout
 
 _STATISTICS = ("batch_stats",)
@@ -134,11 +136,9 @@ class LinenPort(FunctionPort):
             if context.method_name != "__call__" or (not context.module.path and self.layers != [""]):
                 return function(*args, **kwargs)
             _set_dtype(context.module, self.dtype, self._told)
-            if isinstance(context.module, linen.RNN):
-                _set_dtype(context.module.cell, self.dtype, self._told)
             return hook.call(".".join(context.module.path), context.module, function, args, kwargs)
 
-        with linen.intercept_methods(intercept):
+        with linen.intercept_methods(intercept), self._own_carries():
             outputs, changed = self._apply(self._tree(values), inputs)
         flat = {tuple(_plain(k) for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(changed)[0]}
         places = zip(self._places, self._collections, self._leaves, strict=True)
@@ -149,6 +149,23 @@ class LinenPort(FunctionPort):
             if name not in trained
         }
         return Run(outputs, after, hook)
+
+    @contextmanager
+    def _own_carries(self) -> Iterator[None]:
+        """Has the states of cells, which are made before these are called, begin in the port's dtype."""
+
+        def own(initialize: Callable[..., Any]) -> Callable[..., Any]:
+            def initialize_carry(cell: linen.Module, *args: Any, **kwargs: Any) -> Any:
+                _set_dtype(cell, self.dtype, self._told)
+                return initialize(cell, *args, **kwargs)
+
+            return initialize_carry
+
+        with ExitStack() as stack:
+            for kind in LINEN_CELLS:
+                patched = mock.patch.object(kind, "initialize_carry", own(kind.initialize_carry))
+                stack.enter_context(patched)
+            yield
 
     def _apply(self, variables: Any, inputs: Sequence[Any]) -> Any:
         rngs = {"dropout": jax.random.key(0)}

@@ -20,8 +20,8 @@ from jaxloss.parity._recurrent import (
     are_together,
     cells,
     fused_gates,
-    gates,
     has_one_bias,
+    numbers_of,
     second_biases,
     second_of,
     torch_name,
@@ -117,7 +117,7 @@ def load_torch(
     if guessed:
         print(f"{type(module).__name__}: paired by shape and order (to change it: load_torch(..., names=...)):")
         print("\n".join(f"  {ours} {arrays[theirs].shape} <- {theirs}" for ours, theirs in guessed.items()))
-    for name, weight in weights.items():
+    for name, weight in ((name, weights[name]) for name in pairs):
         # Our own copy, because jnp.asarray may alias a NumPy array, and that one PyTorch's memory.
         weight.variable.set_value(jnp.asarray(np.array(weight.layout.to_flax(arrays[pairs[name]]), order="C")))
     return module
@@ -207,8 +207,8 @@ def to_torch(
         if sources.setdefault(theirs, weight.key) != weight.key:
             raise ValueError(f"names: {theirs} would be two weights, one of them {name}.")
         entries[theirs] = weight.layout.to_torch(np.asarray(weight.variable.get_value()))
-        if has_one_bias(weight.layer) and "bias" in name.rpartition(".")[2]:
-            entries[second_of(theirs)] = np.zeros_like(entries[theirs])
+        if has_one_bias(weight.layer) and (second := second_of(theirs)) != theirs:
+            entries[second] = np.zeros_like(entries[theirs])
     # Contiguous, because safetensors writes the wrong elements of an array that is not.
     return {name: np.array(array, order="C") for name, array in transpose(entries, transposed).items()}
 
@@ -291,6 +291,7 @@ def weights_of(
     apart = [(".".join(path), attribute) for path, _, attribute, _ in _walk(module, collect)]
     together = {attentions[path] for path in fused_paths(attentions, apart, theirs, names)}
     found = list(_walk(module, is_fused))
+    numbers = numbers_of([path for path, layer, _, _ in found if isinstance(layer, CELLS)])
     layers = {".".join(path): layer for path, layer, _, _ in found}
     known = dict.fromkeys(name.rpartition(".")[0] for name in theirs or ())
     if layers.keys() <= known.keys():
@@ -301,7 +302,7 @@ def weights_of(
         name = NAMES.get(attribute, attribute) if isinstance(layer, _LAYERS) else attribute
         full, flax_name = ".".join((*path, name)), ".".join((*path, attribute))
         if isinstance(layer, CELLS) and isinstance(variable, Joined):
-            full = torch_name(path, attribute, names if theirs is None else theirs)
+            full = torch_name(path, attribute, names if theirs is None else theirs, numbers.get(path, 0))
         layer_name = full.rpartition(".")[0]
         feature_map = tuple((flatten or {}).get(layer_name, ()))
         layout = _layout(layer, attribute, variable.shape, feature_map)
@@ -332,7 +333,11 @@ def _check_shared(module: str, weights: Weights) -> None:
 
 
 def _walk(
-    node: Any, is_fused: Callable[[str, nnx.Module], Any], path: tuple[str, ...] = (), above: tuple[int, ...] = ()
+    node: Any,
+    is_fused: Callable[[str, nnx.Module], Any],
+    path: tuple[str, ...] = (),
+    above: tuple[int, ...] = (),
+    joined: frozenset[int] = frozenset(),
 ) -> Iterator[tuple[tuple[str, ...], Any, str, nnx.Variable | Joined]]:
     """Path, layer, attribute and variable of every weight; a shared one comes under each of its names."""
     if id(node) in above:  # a reference to itself, or to its parent
@@ -342,13 +347,14 @@ def _walk(
             yield from ((path, node, name, joined) for name, joined in fused(node, linear_layout))
             children = [(OUT if name == "out" else name, child) for name, child in vars(node).items()]
             children = [(name, child) for name, child in children if name not in PARTS]
-        case nnx.Module() if (recurrent := cells(node)) and is_fused(".".join(path), node):
-            for cell, end in recurrent:
-                yield from ((path, cell, name + end, joined) for name, joined in fused_gates(cell, linear_layout))
-            fused_linears = [id(linear) for cell, _ in recurrent for side in gates(cell) for linear in side]
-            children = [
-                item for cell, _ in recurrent for item in vars(cell).items() if id(item[1]) not in fused_linears
-            ]
+        case nnx.Module() if (
+            (found := cells(node)) and is_fused(".".join(path), node) and id(found[0][0]) not in joined
+        ):
+            for cell, end in found:
+                for name, weight in fused_gates(cell, linear_layout):
+                    yield path, cell, name + end, weight
+                    joined |= {id(cell), *map(id, weight.variables)}
+            children = vars(node).items()
         case nnx.Pytree():
             children = vars(node).items()
         case dict():
@@ -359,12 +365,12 @@ def _walk(
             return
     for attribute, child in children:
         if isinstance(child, nnx.Variable):
-            if not isinstance(child, _NOT_WEIGHTS):
+            if not isinstance(child, _NOT_WEIGHTS) and id(child) not in joined:
                 yield path, node, str(attribute), child
         else:
             # PyTorch numbers the entries of a Sequential directly: "layer1.0", where Flax has "layer1.layers.0".
             name = () if isinstance(node, nnx.Sequential) else (str(attribute),)
-            yield from _walk(child, is_fused, (*path, *name), (*above, id(node)))
+            yield from _walk(child, is_fused, (*path, *name), (*above, id(node)), joined)
 
 
 def _layout(layer: object, attribute: str, shape: Shape, feature_map: Shape) -> Layout:
@@ -502,7 +508,7 @@ def _check_fit(module: str, weights: Weights, arrays: Mapping[str, np.ndarray], 
         elif theirs != first and array.tobytes() != arrays[first].tobytes():
             tied.append(f"{first} and {theirs}")
     faults = {
-        "missing": sorted(weights.keys() - pairs.keys()),
+        "missing": sorted(name for name, weight in weights.items() if weight.key not in first_names),
         "unexpected": sorted(arrays.keys() - set(pairs.values())),
         "of another shape": shapes,
         "in need of jax_enable_x64": dtypes,
