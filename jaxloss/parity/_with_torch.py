@@ -72,8 +72,9 @@ def check(
         optimizers: one of PyTorch's over `torch_module.parameters()`, and its optax counterpart. By default
             `torch.optim.Adam` and `optax.adam`, with rate 1e-3.
         steps: how many steps are taken with them on the batch; 0 for none.
-        train: train mode instead of evaluation. What dropout keeps, that of attention's weights too, is drawn once and
-            given to both. A port whose call takes `train`, `training`, `is_training` or `deterministic` is told.
+        train: train mode instead of evaluation. What dropout keeps, that of attention's weights and between recurrent
+            layers too, is drawn once and given to both. A port whose call takes `train`, `training`, `is_training` or
+            `deterministic` is told.
         dtypes: "float32", "bfloat16" or "float16" beside "float64", which is always checked.
         seed: of dropout, targets and random numbers. Global random states are not touched.
         progress: called with the name of each stage as it begins.

@@ -58,7 +58,8 @@ def load_torch(
     alone, and so is BatchNorm's `num_batches_tracked`, which Flax does not have.
 
     Args:
-        module: changed in place, or not at all if anything is wrong. May be abstract (`nnx.eval_shape`).
+        module: changed in place, or not at all if anything is wrong. May be abstract (`nnx.eval_shape`); random state,
+            like that of an `nnx.RNN`, then stays so.
         state_dict: arrays (NumPy, JAX or PyTorch) by PyTorch's names; or the path of a `.safetensors` file; or that
             of a `.pt` or `.pth` file that holds nothing else, as `torch.save(model.state_dict(), path)` writes it.
         flatten: where PyTorch flattens a feature map, as (channels, height, width), Flax has (height, width,
@@ -339,12 +340,15 @@ def _walk(
     above: tuple[int, ...] = (),
     joined: frozenset[int] = frozenset(),
 ) -> Iterator[tuple[tuple[str, ...], Any, str, nnx.Variable | Joined]]:
-    """Path, layer, attribute and variable of every weight; a shared one comes under each of its names."""
+    """Path, layer, attribute and variable of every weight; a shared one comes under each of its names.
+
+    `above` are the nodes around, by identity, and `joined` the cells and variables that have come with one of them.
+    """
     if id(node) in above:  # a reference to itself, or to its parent
         return
     match node:
         case nnx.MultiHeadAttention() if is_fused(".".join(path), node):
-            yield from ((path, node, name, joined) for name, joined in fused(node, linear_layout))
+            yield from ((path, node, name, weight) for name, weight in fused(node, linear_layout))
             children = [(OUT if name == "out" else name, child) for name, child in vars(node).items()]
             children = [(name, child) for name, child in children if name not in PARTS]
         case nnx.Module() if (
