@@ -395,6 +395,24 @@ def test_wrong_weights_are_found(fault, quantity):
     assert (report.first_divergence.place, report.first_divergence.quantity) == ("rnn", quantity)
 
 
+@pytest.mark.parametrize("term", ["bias_ih_l0", "bias_hh_l0"])
+def test_one_of_the_two_biases_is_not_their_sum(term):
+    original = network()
+    port = load_torch(Network(nnx.OptimizedLSTMCell), original.state_dict())
+    port.rnn.cell.dense_h.bias.set_value(jnp.array(getattr(original.rnn, term).detach().numpy()))
+    report = parity.check(original, port, batch(), steps=0, dtypes=[])
+    assert f"holds PyTorch's rnn.{term} alone" in report.first_divergence.diagnosis
+    assert "copy the sum of rnn.bias_ih_l0 and rnn.bias_hh_l0" in report.first_divergence.fix
+
+
+def test_a_bias_that_was_not_copied_is_named():
+    original = network()
+    port = load_torch(Network(nnx.OptimizedLSTMCell), original.state_dict())
+    port.rnn.cell.dense_h.bias.set_value(jnp.zeros(4 * UNITS))
+    report = parity.check(original, port, batch(), steps=0, dtypes=[])
+    assert "bias_ih_l0 is still the initial 0: it was never copied" in report.first_divergence.diagnosis
+
+
 def test_another_activation_of_a_cell_is_found_where_it_computes():
     original = network()
     port = load_torch(Network(partial(nnx.OptimizedLSTMCell, gate_fn=jax.nn.hard_sigmoid)), original.state_dict())

@@ -84,7 +84,7 @@ def _explanations(
     if finding.diagnosis == FLOAT32_INSIDE and failure.theirs.dtype == np.float32:
         yield _float32_inside(subject)
         return
-    if finding.quantity in WEIGHT_KINDS:
+    if " " not in finding.quantity and _weight_name(subject, finding) in subject.weight_pairs:
         yield from _of_weight(subject, failure)
     elif finding.place == "loss":
         yield from ask(subject, failures)
@@ -134,9 +134,6 @@ def _float32_tables(subject: Subject) -> Iterator[str]:
             yield name
 
 
-WEIGHT_KINDS = ("weight", "bias", "running_mean", "running_var")
-
-
 def _weight_name(subject: Subject, finding: Finding) -> str:
     """The port's name of the weight or statistic that a finding is about."""
     names = {subject.name: ""} | {subject.title(pair): pair.ours[0] for pair in subject.pairs}
@@ -149,11 +146,16 @@ def _of_weight(subject: Subject, failure: Failure) -> Iterator[Explanation]:
     name = _weight_name(subject, finding)
     fix = "convert with jaxloss.parity.load_torch"
     initial = {"running_mean": 0.0, "running_var": 1.0, "bias": 0.0}
-    if (value := initial.get(finding.quantity)) is not None and (ours == value).all():
+    kind = "bias" if finding.quantity.startswith("bias_") else finding.quantity
+    if (value := initial.get(kind)) is not None and (ours == value).all():
         yield Explanation(f"the port's {finding.quantity} is still the initial {value:g}: it was never copied", fix)
     if finding.quantity == "weight" and ours.ndim == 1 and (ours == 1).all():
         yield Explanation("the port's scale is still the initial 1: it was never copied", fix)
     layout = subject.exact.port.weights[name].layout
+    terms = state.terms(subject.weight_pairs[name])
+    for term, array in terms.items():
+        if np.array_equal(ours, layout.to_flax(array)):
+            yield Explanation(f"it holds PyTorch's {term} alone", f"copy the sum of {' and '.join(terms)}")
     for other, theirs in state.items():
         if (
             other != subject.weight_pairs[name]

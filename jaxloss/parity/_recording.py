@@ -177,6 +177,11 @@ class State(Mapping[str, np.ndarray]):
         """In its own dtype, and maybe not a copy."""
         return self._sum(name, self._read)
 
+    def terms(self, name: str) -> dict[str, np.ndarray]:
+        """What a sum is made of, by name, in float64; nothing of an array that is no sum."""
+        names = (name, self.seconds[name].name) if name in self.seconds else ()
+        return {each: widen(self._read(each)) for each in names}
+
     def _sum(self, name: str, read: Callable[[str], np.ndarray]) -> np.ndarray:
         if name not in self.shapes:
             raise KeyError(name)

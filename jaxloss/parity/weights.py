@@ -159,11 +159,8 @@ def weight_map(
     """
     arrays = transpose(read_state_dict(state_dict, ignore), transposed)
     weights = weights_of(module, flatten, arrays, names or {})
-    return _pairs(
-        weights,
-        added(arrays, second_biases(weights, arrays, names or {})),
-        names,
-    )
+    arrays = added(arrays, second_biases(weights, arrays, names or {}))
+    return _pairs(weights, arrays, names)
 
 
 def to_torch(
