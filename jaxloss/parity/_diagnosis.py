@@ -356,7 +356,7 @@ def _of_step(subject: Subject, failures: Sequence[Failure], steps: Trajectory) -
     step, here, failure, kind, ours = step_failure(subject, failures)
     names = {kept_of(each.finding.quantity, subject.exact.port.weights)[1] for each in here}
     if {subject.weight_pairs[name] for name in names} <= subject.exact.state.seconds.keys():
-        meaning = "the port has one bias where PyTorch trains two, which it adds up: it moves half as far"
+        meaning = "the port has one bias where PyTorch trains two, which it adds up: it moves half as far, decay apart"
         fix = (
             "give both linear layers of the cell a bias, or double its updates (docs/porting/pitfalls); or pass steps=0"
         )

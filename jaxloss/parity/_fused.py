@@ -1,60 +1,23 @@
 """Attention as PyTorch's MultiheadAttention has it: query, key and value in one tensor, float64, and its dropout."""
 
 import inspect
-import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 from flax import linen, nnx
 from flax.linen import attention as linen_attention
 from flax.nnx.nn import attention as nnx_attention
 
+from jaxloss.parity._joined import Joined, join
 from jaxloss.parity._layout import Layout, Shape
 
 OUT = "out_proj"  # PyTorch's name of Flax's `out`
 PARTS = ("query", "key", "value")
 _FUSED = ("in_proj_weight", "q_proj_weight")  # the second where keys have another size
-
-
-class Joined:
-    """Variables of Flax's one after the other in PyTorch's layout, used like a variable.
-
-    Attributes:
-        variables: those.
-        shape: PyTorch's.
-        dtype: of all.
-    """
-
-    def __init__(self, variables: Sequence[Any], layouts: Sequence[Layout]) -> None:
-        """Reads nothing yet."""
-        self.variables, self._layouts = variables, layouts
-        first, *_ = shapes = [layout.merged for layout in layouts]
-        self.shape: Shape = (sum(shape[0] for shape in shapes), *first[1:])
-        self.dtype = jnp.result_type(*(variable.dtype for variable in variables))
-
-    def join(self, parts: Iterable[jax.Array]) -> jax.Array:
-        """PyTorch's array of Flax's."""
-        return jnp.concatenate([layout.to_torch(part) for layout, part in zip(self._layouts, parts, strict=True)])
-
-    def split(self, array: jax.Array) -> list[jax.Array]:
-        """Flax's arrays of PyTorch's."""
-        ends = list(itertools.accumulate(layout.merged[0] for layout in self._layouts))
-        parts = jnp.split(array, ends[:-1])
-        return [layout.to_flax(part) for layout, part in zip(self._layouts, parts, strict=True)]
-
-    def get_value(self) -> jax.Array:
-        """All of them, joined."""
-        return self.join(variable.get_value() for variable in self.variables)
-
-    def set_value(self, value: jax.Array) -> None:
-        """Gives each its part."""
-        for variable, part in zip(self.variables, self.split(value), strict=True):
-            variable.set_value(part)
 
 
 def fused_paths(
@@ -88,19 +51,15 @@ def fused(
     layer: nnx.MultiHeadAttention, layout: Callable[[Any, str, Shape, Shape], Layout]
 ) -> Iterator[tuple[str, Joined]]:
     """What PyTorch has of an attention's query, key and value, by its names; `layout` gives a linear layer's."""
-
-    def joined(attribute: str, *linears: nnx.LinearGeneral) -> Joined:
-        variables = [getattr(linear, attribute) for linear in linears]
-        layouts = [layout(linear, attribute, v.shape, ()) for linear, v in zip(linears, variables, strict=True)]
-        return Joined(variables, layouts)
-
     linears = [getattr(layer, part) for part in PARTS]
     if layer.in_features == layer.in_kv_features:
-        yield "in_proj_weight", joined("kernel", *linears)
+        yield "in_proj_weight", join("kernel", linears, layout)
     else:
-        yield from ((f"{part[0]}_proj_weight", joined("kernel", x)) for part, x in zip(PARTS, linears, strict=True))
+        yield from (
+            (f"{part[0]}_proj_weight", join("kernel", [x], layout)) for part, x in zip(PARTS, linears, strict=True)
+        )
     if layer.use_bias:
-        yield "in_proj_bias", joined("bias", *linears)
+        yield "in_proj_bias", join("bias", linears, layout)
 
 
 def exact_attention(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
@@ -116,9 +75,9 @@ def exact_attention(query: jax.Array, key: jax.Array, value: jax.Array, **option
 
 @contextmanager
 def dropping(drop: Callable[[jax.Array, float, Shape], jax.Array]) -> Iterator[None]:
-    """Has dropout in Flax's attention, however it is called, leave what `drop` does of weights, at a rate.
+    """Has `drop` do the dropout in Flax's attention, however that is called.
 
-    Its third argument are the axes along which there is one mask.
+    It gets the weights, the rate, and the axes along which there is one mask.
     """
     with ExitStack() as stack:
         for module in (nnx_attention, linen_attention, linen):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
-from jaxloss.parity._fused import Joined
+from jaxloss.parity._joined import Joined, join
 from jaxloss.parity._layout import Layout, Shape
 from jaxloss.parity._pairs import pair_weights
 from jaxloss.parity._recording import Noise, Recording, Second, Seconds, Source, Trajectory, added, sketch, without
@@ -46,16 +46,10 @@ def gates(cell: Any) -> list[list[nnx.Linear]]:
 
 def fused_gates(cell: Any, layout: Callable[[Any, str, Shape, Shape], Layout]) -> Iterator[tuple[str, Joined]]:
     """A cell's weights by PyTorch's names; a single bias has the first's. `layout` gives a linear layer's."""
-
-    def joined(attribute: str, linears: Sequence[nnx.Linear]) -> Joined:
-        variables = [getattr(linear, attribute) for linear in linears]
-        layouts = [layout(linear, attribute, v.shape, ()) for linear, v in zip(linears, variables, strict=True)]
-        return Joined(variables, layouts)
-
     sides = gates(cell)
-    yield from zip(_WEIGHTS, (joined("kernel", side) for side in sides), strict=True)
+    yield from zip(_WEIGHTS, (join("kernel", side, layout) for side in sides), strict=True)
     biased = (side for side in sides if all(linear.bias is not None for linear in side))
-    yield from zip((_FIRST, _SECOND), (joined("bias", side) for side in biased), strict=False)
+    yield from zip((_FIRST, _SECOND), (join("bias", side, layout) for side in biased), strict=False)
 
 
 def are_together(path: str, theirs: Collection[str] | None, names: Collection[str]) -> bool:
@@ -174,11 +168,9 @@ def with_one_bias(source: Source, seconds: Seconds) -> Source:
 
     def trajectory(dtype: str) -> Trajectory:
         found = source.trajectory(dtype)
-        names = [*seconds, *(second.name for second in seconds.values())]
-        fixed = {name: sketch(source.state[name]) for name in names}  # where PyTorch does not train one of them
         sketches = [
             {
-                kind: without(arrays, seconds) if kind else added(arrays | (fixed | arrays), seconds)
+                kind: without(arrays, seconds) if kind else added(_with_fixed(arrays), seconds)
                 for kind, arrays in step.items()
             }
             for step in found.sketches
@@ -188,6 +180,10 @@ def with_one_bias(source: Source, seconds: Seconds) -> Source:
             return [{kind: _second_ones(named) | named for kind, named in step.items()} for step in found.noise()]
 
         return found._replace(sketches=sketches, noise=noise)
+
+    def _with_fixed(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:  # what PyTorch does not train
+        names = [*seconds, *(second.name for second in seconds.values())]
+        return {**arrays, **{name: sketch(source.state[name]) for name in names if name not in arrays}}
 
     def _second_ones(named: Mapping[str, float]) -> dict[str, float]:
         return {first: named[second.name] for first, second in seconds.items() if second.name in named}

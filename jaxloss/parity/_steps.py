@@ -12,7 +12,7 @@ from jaxloss.parity._background import StepDistance
 from jaxloss.parity._compare import norm, relative
 from jaxloss.parity._detail import Detail
 from jaxloss.parity._findings import Failure, Findings
-from jaxloss.parity._fused import Joined
+from jaxloss.parity._joined import Joined
 from jaxloss.parity._layout import Layout
 from jaxloss.parity._port import Arrays
 from jaxloss.parity._recording import Sketches, Trajectory, sketch

@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from jaxloss.parity._compare import is_constant
-from jaxloss.parity._fused import OUT, PARTS, Joined, fused, fused_paths
+from jaxloss.parity._fused import OUT, PARTS, fused, fused_paths
+from jaxloss.parity._joined import Joined
 from jaxloss.parity._layout import Layout, Shape, permuted, same
 from jaxloss.parity._pairs import guesses, kept_otherwise, pair_weights
 from jaxloss.parity._recurrent import (
