@@ -11,11 +11,11 @@ import numpy as np
 import optax
 import pytest
 import torch
-from flax import linen, nnx
+from flax import nnx
 from torch import nn
 
 from jaxloss import parity
-from jaxloss.parity import _recording, load_torch, to_torch, weight_map
+from jaxloss.parity import load_torch, to_torch, weight_map
 from jaxloss.parity._original import Functions
 
 UNITS = 4
@@ -54,34 +54,6 @@ class Network(nnx.Module):
         for layer in self.rnn if isinstance(self.rnn, nnx.List) else [self.rnn]:
             x = layer(x)
         return self.head(x[:, 2])
-
-
-class LinenNetwork(linen.Module):
-    """The same in Linen."""
-
-    cell: Callable[..., Any]
-    layers: int = 1
-    bidirectional: bool = False
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = linen.Dense(3, name="embed")(x)
-        for _ in range(self.layers):
-            forwards = linen.RNN(self.cell(UNITS))
-            x = (linen.Bidirectional(forwards, linen.RNN(self.cell(UNITS))) if self.bidirectional else forwards)(x)
-        return linen.Dense(2, name="head")(x[:, 2])
-
-
-class LinenNamed(linen.Module):
-    """One whose layer has PyTorch's name."""
-
-    cell: Callable[..., Any]
-
-    def setup(self) -> None:
-        self.embed, self.rnn, self.head = linen.Dense(3), linen.RNN(self.cell(UNITS)), linen.Dense(2)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.head(self.rnn(self.embed(x))[:, 2])
 
 
 def gru_cell(inputs: int, units: int, *, rngs: nnx.Rngs) -> nnx.GRUCell:
@@ -298,85 +270,6 @@ def test_cells_called_step_by_step_pass(kind, cell, scan, parity):
     parity.check(original, load_torch(Steps(cell, scan=scan), original.state_dict()), batch(), steps=2, dtypes=[])
 
 
-LINEN = {
-    "LSTM": ({}, LinenNetwork(linen.OptimizedLSTMCell)),
-    "LSTM by name": ({}, LinenNamed(linen.LSTMCell)),
-    "LSTM of two layers both ways": (
-        {"num_layers": 2, "bidirectional": True},
-        LinenNetwork(linen.LSTMCell, 2, bidirectional=True),
-    ),
-    "GRU": ({"kind": nn.GRU}, LinenNetwork(linen.GRUCell)),
-    "GRU by name": ({"kind": nn.GRU}, LinenNamed(linen.GRUCell)),
-    "GRU of two layers": ({"kind": nn.GRU, "num_layers": 2}, LinenNetwork(linen.GRUCell, 2)),
-    "RNN": ({"kind": nn.RNN}, LinenNetwork(linen.SimpleCell)),
-}
-in_linen = pytest.mark.parametrize(("options", "module"), LINEN.values(), ids=LINEN)
-
-
-def variables_of(module: linen.Module) -> Any:
-    return module.init(jax.random.key(0), jnp.zeros((2, 5, 5)))
-
-
-@in_linen
-def test_linens_cells_pass(options, module, parity):
-    parity.check(network(**options), (module, variables_of(module)), batch(), steps=0, dtypes=[])
-
-
-class LinenScan(linen.Module):
-    """One that scans over its cell by itself."""
-
-    cell: Callable[..., Any]
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = linen.Dense(3, name="embed")(x)
-        scanned = linen.scan(
-            self.cell, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1
-        )
-        cell = scanned(UNITS, name="rnn")
-        _, states = cell(cell.initialize_carry(jax.random.key(0), x[:, 0].shape), x)
-        return linen.Dense(2, name="head")(states[:, 2])
-
-
-@pytest.mark.parametrize(("kind", "cell"), [(nn.LSTM, linen.OptimizedLSTMCell), (nn.GRU, linen.GRUCell)])
-def test_states_that_linens_cells_begin_with_have_the_dtype_of_the_check(kind, cell, parity):
-    parity.check(network(kind=kind), (LinenScan(cell), variables_of(LinenScan(cell))), batch(), steps=0)
-
-
-@pytest.mark.parametrize("case", ["LSTM", "LSTM of two layers both ways", "RNN"])
-def test_linens_cells_train_alike_with_twice_the_updates_of_one_bias(case, parity):
-    def double(tree: Any) -> Any:
-        return {name: jax.tree.map(lambda _, doubled="bias_ih" in name: doubled, leaf) for name, leaf in tree.items()}
-
-    options, module = LINEN[case]
-    original = network(**options)
-    adam = torch.optim.Adam(original.parameters(), lr=1e-3)
-    optimizer = optax.chain(optax.adam(1e-3), optax.masked(optax.scale(2.0), double))
-    parity.check(original, (module, variables_of(module)), batch(), optimizers=(adam, optimizer), steps=2, dtypes=[])
-
-
-def test_one_bias_of_linens_gru_moves_half_as_far():
-    module = LinenNamed(linen.GRUCell)
-    report = parity.check(network(kind=nn.GRU), (module, variables_of(module)), batch(), steps=1, dtypes=[])
-    assert [finding.quantity for finding in report.failures()] == ["rnn.bias_ih_l0"]
-    assert ONE_BIAS in report.first_divergence.diagnosis
-
-
-def test_linens_gru_may_have_a_second_bias_of_0(parity):
-    original = network(kind=nn.GRU)
-    nn.init.zeros_(original.rnn.bias_hh_l0)
-    module = LinenNamed(linen.GRUCell)
-    parity.check(original, (module, variables_of(module)), batch(), steps=0, dtypes=[])
-
-
-def test_a_large_gru_of_linens_takes_no_steps(monkeypatch):
-    monkeypatch.setattr(_recording, "_SMALL", 2 * UNITS)
-    module = LinenNetwork(linen.GRUCell)
-    report = parity.check(network(kind=nn.GRU), (module, variables_of(module)), batch(), steps=2, dtypes=[])
-    assert report.ok
-    assert "rnn.bias_hh_l0 is too large for steps of a part of it: none are compared." in report.notes
-
-
 def wrong_bias(cell: Any) -> None:
     cell.dense_h.bias.set_value(cell.dense_h.bias[...] * (1 + 1e-6))
 
@@ -458,10 +351,10 @@ def test_what_a_cell_of_ones_own_adds_is_a_weight_too():
     ],
 )
 def test_other_layers_are_refused(options, port, problem):
-    before = nnx.state(port)
+    before = to_torch(port)
     with pytest.raises(ValueError, match=problem):
         load_torch(port, network(**options).state_dict())
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(port, nnx.Param), nnx.filter_state(before, nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, to_torch(port), before)
 
 
 class Stack(nnx.Module):
