@@ -444,11 +444,12 @@ def test_what_a_recurrent_layer_of_ones_own_adds_is_a_weight_too():
         load_torch(port, network().state_dict())
 
 
-def test_a_bias_of_one_gate_alone_is_not_lost():
+@pytest.mark.parametrize("gate", ["ii", "if_"])
+def test_a_bias_of_one_gate_alone_is_not_lost(gate):
     port = Network(nnx.LSTMCell)
-    port.rnn.cell.if_ = nnx.Linear(3, UNITS, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
-    assert to_torch(port)["rnn.cell.if_.bias"].all()
-    with pytest.raises(ValueError, match=r"missing: rnn\.cell\.if_\.bias"):
+    setattr(port.rnn.cell, gate, nnx.Linear(3, UNITS, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0)))
+    assert to_torch(port)[f"rnn.cell.{gate}.bias"].all()
+    with pytest.raises(ValueError, match=rf"missing: rnn\.cell\.{gate}\.bias$"):
         load_torch(port, network().state_dict())
 
 

@@ -46,10 +46,14 @@ def gates(cell: Any) -> list[list[nnx.Linear]]:
 
 def fused_gates(cell: Any, layout: Callable[[Any, str, Shape, Shape], Layout]) -> Iterator[tuple[str, Joined]]:
     """A cell's weights by PyTorch's names; a single bias has the first's. `layout` gives a linear layer's."""
-    sides = gates(cell)
-    yield from zip(_WEIGHTS, (join("kernel", side, layout) for side in sides), strict=True)
-    biased = (side for side in sides if all(linear.bias is not None for linear in side))
-    yield from zip((_FIRST, _SECOND), (join("bias", side, layout) for side in biased), strict=False)
+    yield from zip(_WEIGHTS, (join("kernel", side, layout) for side in gates(cell)), strict=True)
+    biases = (join("bias", side, layout) for side in _biased(cell))
+    yield from zip((_FIRST, _SECOND), biases, strict=False)
+
+
+def _biased(cell: Any) -> list[list[nnx.Linear]]:
+    """Of what `gates` gives, what adds a bias to every gate."""
+    return [side for side in gates(cell) if all(linear.bias is not None for linear in side)]
 
 
 def are_together(path: str, theirs: Collection[str] | None, names: Collection[str]) -> bool:
@@ -139,7 +143,7 @@ def _kind(name: str) -> str:
 def has_one_bias(cell: object) -> bool:
     """Whether a cell adds a bias to what comes of the inputs, or to what comes of the state, and not to both."""
     if isinstance(cell, CELLS):
-        return sum(side[0].bias is not None for side in gates(cell)) == 1
+        return len(_biased(cell)) == 1
     return isinstance(cell, LINEN_CELLS) and not isinstance(cell, linen.GRUCell)
 
 
